@@ -1,0 +1,223 @@
+"""Precoded curves + loss-rate model + weights -> phi [n, 5] of every method at every operating point.
+
+Every method turns a multiplier lambda' (the price of a bit) into one of the K precoded qualities per image and scale;
+`operating_points` sets the price by the bits alone, so that the methods are compared at like rates.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from stages.lib.loss_rate import Curves, importance_labels, read_table
+from stages.lib.params import SCALES, InputError
+
+NOISE_FLOOR = 0.01  # upstream: smaller drops count as none
+LEAST_WEIGHT = 1e-8  # upstream
+LAMBDA_DIVISOR = np.array([1, 4, 16, 60, 60])  # upstream, scales 0, 1, 2, 3, pool
+LOG10_LAMBDA_PRIME = np.arange(-30, 31)  # the methods' lambda' differ by many orders; the ends are found within
+BISECTIONS = 50  # of the bracket of lambda'; each halves it
+SAME_BITS = 1e-9  # relative: means over images in floating point
+
+Choose = Callable[[float], np.ndarray]  # lambda' -> phi [n, 5]
+
+
+class Point(NamedTuple):
+    lambda_prime: float  # NaN for uniform
+    phi: np.ndarray  # [n, 5] floats that hold integers in [0, K-1]: only precoded qualities are sent
+
+
+def read_weights(file: Path, split: str, image_ids: np.ndarray) -> np.ndarray:
+    """CSV of MFIP (image_id, split, scale, weight) -> weights [n, 5] of these images; InputError names a bad file."""
+    weights = read_table(file, "weight", image_ids, split=split)
+    if (weights < 0).any():
+        raise InputError(f"{file}: column 'weight' holds {weights.min()}, below 0; run train_mfip again")
+    return weights
+
+
+def allocate(test: Curves, fit: dict, weights: np.ndarray, points: int) -> pd.DataFrame:
+    """Curves of test, `fit_scales`, predicted weights [n, 5] -> method, point, lambda_prime, image_id, scale, phi.
+
+    `point` counts from 0 in rising bits. The measured drops of the evaluated images reach `label_aware` only.
+    Raises InputError when the loss-rate model was fitted on another number of qualities.
+    """
+    n, _, k = test.bits.shape
+    fitted = len(fit["mean"][SCALES[0]]["bits"])
+    if fitted != k:
+        raise InputError(f"the loss-rate model has {fitted} qualities, the coded images {k}; run fit_loss_rate again")
+    targets = rate_targets(test.bits, points)
+    table = {"uniform": [Point(np.nan, uniform(q, n)) for q in range(k)]}
+    methods = label_free(test.bits, test.pixels, fit, weights) | label_aware(
+        test.drop, test.clean, test.bits, test.pixels, fit
+    )
+    table |= {name: operating_points(choose, test.bits, targets) for name, choose in methods.items()}
+    return pd.concat(
+        pd.DataFrame(
+            {
+                "method": method,
+                "point": number,
+                "lambda_prime": point.lambda_prime,
+                "image_id": np.repeat(test.image_ids, len(SCALES)),
+                "scale": np.tile(SCALES, n),
+                "phi": point.phi.ravel(),
+            }
+        )
+        for method, found in table.items()
+        for number, point in enumerate(found)
+    ).reset_index(drop=True)
+
+
+def label_free(bits: np.ndarray, pixels: np.ndarray, fit: dict, weights: np.ndarray) -> dict[str, Choose]:
+    """What a sender can do: it knows the bits of its candidates, models from `fit` and predicted weights, no label."""
+    n, _, k = bits.shape
+    bpp_plane, rho = bits / pixels[:, :, None], pixels / pixels[:, :1]
+    a, b = column(fit, "upstream", "a"), column(fit, "upstream", "b")
+    alpha, beta = column(fit, "power", "alpha"), column(fit, "power", "beta")
+    slope, offset = column(fit, "rate_phi", "a"), column(fit, "rate_phi", "b")
+    drop_fit, bits_fit = column(fit, "mean", "drop"), column(fit, "mean", "bits")
+    return {
+        "static": lambda lambda_prime: np.tile(static(drop_fit, bits_fit, lambda_prime), (n, 1)),
+        "upstream_predicted": lambda lam: upstream(weights, a, b, bpp_plane, lam),
+        "mfiba": lambda lambda_prime: mfiba(weights, alpha, beta, rho, slope, offset, k, lambda_prime),
+    }
+
+
+def label_aware(
+    drop: np.ndarray, clean: np.ndarray, bits: np.ndarray, pixels: np.ndarray, fit: dict
+) -> dict[str, Choose]:
+    """What needs the labels of the images that are evaluated: the authors' protocol, and a bound."""
+    measured = upstream_weights(drop, clean)
+    a, b = column(fit, "upstream", "a"), column(fit, "upstream", "b")
+    return {
+        "upstream_measured": lambda lam: upstream(measured, a, b, bits / pixels[:, :, None], lam),
+        "oracle": lambda lambda_prime: oracle(drop, bits, lambda_prime),
+    }
+
+
+def column(fit: dict, model: str, name: str) -> np.ndarray:
+    """One number of each scale from `fit_scales` -> [5], or [5, K]."""
+    return np.array([fit[model][scale][name] for scale in SCALES])
+
+
+def uniform(k: int, n: int) -> np.ndarray:
+    """One quality for all: the anchor. [n, 5]"""
+    return np.full((n, len(SCALES)), float(k))
+
+
+def static(mean_drop: np.ndarray, mean_bits: np.ndarray, lambda_prime: float) -> np.ndarray:
+    """phi_s = argmin_q mean drop[s, q] + lambda' * mean bits[s, q], both [5, K] from the fit split -> [5].
+
+    The sum over scales is least where each scale's is: the best of all K**5 fixed vectors, were drops additive.
+    """
+    return _cheapest(mean_drop + lambda_prime * mean_bits, mean_bits)
+
+
+def upstream_weights(drop: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """Drops [n, 5, K], clean AP [n] -> the authors' measured weights [n, 5]; NaN without label or with clean AP <= 0.
+
+    `importance_labels` of the drops, those below 0.01 set to 0 (SYSU-Video/MFIBA at 112619e, fasterrcnn_getw).
+    """
+    weights = importance_labels(np.where(drop < NOISE_FLOOR, 0.0, drop))
+    return np.where((clean > 0)[:, None], weights, np.nan)
+
+
+def upstream(weights: np.ndarray, a: np.ndarray, b: np.ndarray, bpp_plane: np.ndarray, lam: float) -> np.ndarray:
+    """phi_s = argmin_q |bpp_plane[s, q] - t_s|, first of ties; images whose weights are NaN: lowest quality.
+
+    t_s = (lam_s / (max(w_s, 1e-8) * a_s * -b_s))**(1 / (b_s - 1)), lam_s = lam / {1, 4, 16, 60, 60}
+    (SYSU-Video/MFIBA at 112619e). weights [n, 5], a > 0 and b < 0 [5], bpp_plane [n, 5, K] -> [n, 5].
+    """
+    target = (lam / LAMBDA_DIVISOR / (np.maximum(weights, LEAST_WEIGHT) * a * -b)) ** (1 / (b - 1))  # [n, 5]
+    # Beyond the coded rates the nearest is the end of them; unclipped, a huge target would swallow all differences.
+    target = np.clip(target, bpp_plane.min(2), bpp_plane.max(2))
+    phi = np.abs(bpp_plane - target[:, :, None]).argmin(2)
+    return np.where(np.isnan(weights), 0.0, phi)
+
+
+def closed_form(
+    weights: np.ndarray, alpha: np.ndarray, beta: np.ndarray, rho: np.ndarray, lambda_prime: float
+) -> np.ndarray:
+    """R_s = (lambda' * rho_s / (w_s * alpha_s * -beta_s))**(1 / (beta_s - 1)), bits per plane pixel, [n, 5].
+
+    It minimises sum_s w_s * alpha_s * R_s**beta_s + lambda' * sum_s rho_s * R_s over R > 0 (arXiv 2503.19278, bit
+    allocation; the paper writes 1/4**s for rho_s, the pixels of scale s / those of scale 0). weights >= 0, rho > 0
+    [n, 5]; alpha > 0, beta < 0 [5]; lambda' > 0. A weight of 0 gives R = 0.
+    """
+    return (weights * alpha * -beta / (lambda_prime * rho)) ** (1 / (1 - beta))  # the reciprocal: no division by w = 0
+
+
+def mfiba(
+    weights: np.ndarray,
+    alpha: np.ndarray,
+    beta: np.ndarray,
+    rho: np.ndarray,
+    slope: np.ndarray,
+    offset: np.ndarray,
+    k: int,
+    lambda_prime: float,
+) -> np.ndarray:
+    """phi_s = (R_s - offset_s) / slope_s, clipped to [0, k-1], rounded to the nearest precoded quality -> [n, 5].
+
+    R_s = (lambda' * rho_s / (w_s * alpha_s * -beta_s))**(1 / (beta_s - 1)) as in `closed_form`, and the rate-phi model
+    R_s = slope_s * phi_s + offset_s inverted (MFIBA, arXiv 2503.19278). slope, offset [5].
+    """
+    rate = closed_form(weights, alpha, beta, rho, lambda_prime)
+    # A slope <= 0 is flagged by the fit; the scale then takes one of the end qualities.
+    phi = (rate - offset) / np.maximum(slope, np.finfo(float).tiny ** 0.5)
+    return np.rint(np.clip(phi, 0, k - 1))
+
+
+def oracle(drop: np.ndarray, bits: np.ndarray, lambda_prime: float) -> np.ndarray:
+    """phi = argmin_q drop[q] + lambda' * bits[q] per image and scale, fewest bits of ties; unlabelled images: lowest.
+
+    Needs the labels: a bound for methods that predict, as far as the drops of the scales add up. [n, 5, K] -> [n, 5].
+    """
+    return np.where(np.isnan(drop[:, :, 0]), 0.0, _cheapest(drop + lambda_prime * bits, bits))
+
+
+def rate_targets(bits: np.ndarray, points: int) -> np.ndarray:
+    """bits [n, 5, K] -> [points] mean bits per image, log-spaced from uniform lowest to uniform highest quality."""
+    per_quality = bits.sum(1).mean(0)
+    return np.geomspace(per_quality[0], per_quality[-1], points)
+
+
+def operating_points(choose: Choose, bits: np.ndarray, targets: np.ndarray) -> list[Point]:
+    """For each target the choice with the most mean bits per image that are not above it, by bisection on log lambda'.
+
+    Bits fall as lambda' rises. Where a method has nothing at or below a target, or saturates below it, the nearest end
+    stands in; equal phi tables are kept once. bits [n, 5, K], targets [P] mean bits per image -> points in rising bits.
+    """
+
+    def mean_bits(log_lambda: float) -> float:
+        return mean_bits_per_image(choose(10.0**log_lambda), bits)
+
+    ends = np.array([mean_bits(log_lambda) for log_lambda in LOG10_LAMBDA_PRIME])
+    generous = LOG10_LAMBDA_PRIME[np.flatnonzero(ends == ends[0])[-1]]  # the largest price that changes nothing
+    frugal = LOG10_LAMBDA_PRIME[np.flatnonzero(ends == ends[-1])[0]]
+    found = {}
+    for target in targets:
+        low, high = float(generous), float(frugal)
+        limit = target * (1 + SAME_BITS)
+        if ends[0] <= limit:
+            high = low
+        elif ends[-1] > limit:
+            low = high
+        for _ in range(BISECTIONS if low < high else 0):
+            middle = (low + high) / 2
+            low, high = (low, middle) if mean_bits(middle) <= limit else (middle, high)
+        phi = choose(10.0**high)
+        found.setdefault(phi.tobytes(), Point(10.0**high, phi))
+    return sorted(found.values(), key=lambda point: mean_bits_per_image(point.phi, bits))
+
+
+def mean_bits_per_image(phi: np.ndarray, bits: np.ndarray) -> float:
+    """phi [n, 5] and bits [n, 5, K] -> mean over images of the sum of the scales' bits."""
+    return float(np.take_along_axis(bits, phi.astype(int)[:, :, None], 2).sum((1, 2)).mean())
+
+
+def _cheapest(cost: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """argmin over the last axis, fewest bits of ties."""
+    tied = cost == cost.min(-1, keepdims=True)
+    return np.where(tied, bits, np.inf).argmin(-1).astype(float)

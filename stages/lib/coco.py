@@ -1,0 +1,309 @@
+"""A folder in COCO's layout -> checked splits; a split -> its images and ground truth."""
+
+import io
+import os
+import reprlib
+import shutil
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from stages.lib.files import read_json
+from stages.lib.params import TEXT, Check, InputError, is_number, is_whole, whole
+
+Item = dict[str, Any]  # one entry of `images`, `annotations` or `categories`
+
+SECTIONS = ("images", "annotations", "categories")
+COCO_KEYPOINTS = 17  # pycocotools knows the OKS sigmas of this many
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))
+
+
+def _is_keypoints(value: Any) -> bool:
+    return _is_numbers(value) and len(value) % 3 == 0 and set(value[2::3]) <= {0, 1, 2}
+
+
+IMAGE = {"id": whole(0), "file_name": TEXT, "width": whole(1), "height": whole(1)}
+CATEGORY = {"id": whole(1), "name": TEXT}  # ids are the model's labels, and label 0 is its background
+KEYPOINT_CATEGORY = CATEGORY | {
+    "keypoints": Check(lambda value: isinstance(value, list) and len(value) > 0, "a list of keypoint names"),
+}
+REFERENCES = {"id": whole(1), "image_id": whole(0), "category_id": whole(1)}  # COCOeval takes id 0 for "no match"
+ANNOTATION = {
+    "bbox": Check(
+        lambda value: _is_numbers(value) and len(value) == 4 and min(value[2:]) >= 0,
+        "[x, y, width, height], all finite",
+    ),
+    "area": Check(lambda value: is_number(value) and value >= 0, "a number of at least 0"),
+    "iscrowd": Check(lambda value: is_whole(value) and value in (0, 1), "0 or 1"),
+}
+KEYPOINT_ANNOTATION = ANNOTATION | {
+    "num_keypoints": whole(0),
+    "keypoints": Check(_is_keypoints, "a list of finite x, y, v with v in 0, 1, 2"),
+}
+
+
+class Split(NamedTuple):
+    """One entry of splits.json."""
+
+    images: Path  # folder
+    instances: Path
+    person_keypoints: Path | None  # None when no model serves keypoints
+    image_ids: list[int]  # in file-name order
+    file_names: dict[int, str]
+
+
+def load_split(splits_json: Path, split: str) -> Split:
+    entry = read_json(splits_json)[split]
+    keypoints = entry["person_keypoints"]
+    return Split(
+        images=Path(entry["images"]),
+        instances=Path(entry["instances"]),
+        person_keypoints=None if keypoints is None else Path(keypoints),
+        image_ids=entry["image_ids"],
+        file_names=dict(zip(entry["image_ids"], entry["file_names"], strict=True)),
+    )
+
+
+def image_path(split: Split, image_id: int) -> Path:
+    return split.images / split.file_names[image_id]
+
+
+def ground_truth(split: Split, task: str) -> COCO:
+    """The split's images, with and without annotations, and their annotations for the task."""
+    path = split.person_keypoints if task == "keypoints" else split.instances
+    if path is None:
+        raise InputError("splits.json has no person_keypoints; add keypoints to a model's tasks and prepare again")
+    data = read_json(path)
+    images = {image["id"]: image for image in data["images"]}
+    if not images.keys() >= set(split.image_ids):  # images without persons may be absent from person_keypoints
+        images = {image["id"]: image for image in read_json(split.instances)["images"]}
+    chosen = set(split.image_ids)
+    coco = COCO()
+    coco.dataset = {
+        "images": [images[image_id] for image_id in split.image_ids],
+        "annotations": [item for item in data["annotations"] if item["image_id"] in chosen],
+        "categories": data["categories"],
+    }
+    with redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def disk_check(path: Path, needed_bytes: float) -> None:
+    """Fails where the disk that holds, or will hold, `path` has too little space."""
+    folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise InputError(
+            f"{path}: the disk has {free / 1e9:.2f} GB free, {needed_bytes / 1e9:.2f} GB are needed; free some space"
+        )
+
+
+# ---------------------------------------------------------------- choosing and checking
+
+
+def make_splits(root: Path, counts: dict[str, int], tasks: Collection[str], seen_as: Path | None = None) -> Item:
+    """The content of splits.json; its paths begin with `seen_as` where the data set will move there from `root`."""
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; prepare.coco_root must hold train2017/, val2017/ and annotations/")
+    splits = {}
+    owner: dict[Path, str] = {}
+    for folder, names in (("train2017", ("train",)), ("val2017", ("test", "fit"))):
+        chosen = _choose(root, folder, {name: counts[name] for name in names}, tasks)
+        for name, images in chosen.items():
+            for image in images:
+                path = (root / folder / image["file_name"]).resolve()
+                first = owner.setdefault(path, f"{name} (image {image['id']})")
+                if first != f"{name} (image {image['id']})":
+                    raise InputError(f"{path}: in the splits {first} and {name} (image {image['id']}); keep one entry")
+            splits[name] = _entry(root if seen_as is None else seen_as, folder, images, tasks)
+    return {name: splits[name] for name in ("train", "fit", "test")}
+
+
+def _entry(root: Path, folder: str, images: list[Item], tasks: Collection[str]) -> Item:
+    keypoints = str(_annotations(root, "person_keypoints", folder)) if "keypoints" in tasks else None
+    return {
+        "images": str(root / folder),
+        "instances": str(_annotations(root, "instances", folder)),
+        "person_keypoints": keypoints,
+        "image_ids": [image["id"] for image in images],
+        "file_names": [image["file_name"] for image in images],
+    }
+
+
+def _annotations(root: Path, kind: str, folder: str) -> Path:
+    return root / "annotations" / f"{kind}_{folder}.json"
+
+
+def _choose(root: Path, folder: str, counts: dict[str, int], tasks: Collection[str]) -> dict[str, list[Item]]:
+    """The first images in file-name order, dealt out as `counts` says, checked with all that belongs to them."""
+    path = _annotations(root, "instances", folder)
+    data = _read(path, CATEGORY)
+    images = sorted(data["images"], key=lambda image: image["file_name"])
+    if len(images) < sum(counts.values()):
+        wanted = " + ".join(f"{name}: {count}" for name, count in counts.items())
+        raise InputError(f"{path}: has {len(images)} images, but prepare.images wants {wanted}; lower these numbers")
+    chosen = {}
+    start = 0
+    for name, count in counts.items():
+        chosen[name] = images[start : start + count]
+        start += count
+    by_id = {image["id"]: image for images in chosen.values() for image in images}
+    _check_file_names(root / folder, path, by_id.values())
+    annotations = [item for item in data["annotations"] if item["image_id"] in by_id]
+    _check_fields(path, "annotations", annotations, ANNOTATION)
+    if "segmentation" in tasks:
+        for item in annotations:
+            _check_segmentation(path, item, by_id[item["image_id"]])
+    if {"detection", "segmentation"} & set(tasks):
+        _check_not_empty(path, chosen, (item["image_id"] for item in annotations if not item["iscrowd"]))
+    if "keypoints" in tasks:
+        _check_keypoints(root, folder, data["images"], chosen)
+    _decode_all(root / folder, by_id.values())
+    return chosen
+
+
+def _read(path: Path, category: dict[str, Check]) -> dict[str, list[Item]]:
+    """A whole annotation file, its sections, ids and references checked."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; prepare.coco_root must hold COCO's annotations for each needed task")
+    data = read_json(path)
+    for section in SECTIONS:
+        items = data.get(section) if isinstance(data, dict) else None
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise InputError(f"{path}: {section} is missing or not a list of objects; write it as COCO does")
+    for section, fields in zip(SECTIONS, (IMAGE, REFERENCES, category), strict=True):
+        _check_fields(path, section, data[section], fields)
+        _check_unique(path, section, data[section], "id")
+    _check_unique(path, "images", data["images"], "file_name")
+    for key, section in (("image_id", "images"), ("category_id", "categories")):
+        known = {item["id"] for item in data[section]}
+        for item in data["annotations"]:
+            if item[key] not in known:
+                raise _bad(path, "annotations", item, key, f"it is not in {section}; add it there or remove the item")
+    return data
+
+
+def _check_keypoints(root: Path, folder: str, images: list[Item], chosen: dict[str, list[Item]]) -> None:
+    path = _annotations(root, "person_keypoints", folder)
+    data = _read(path, KEYPOINT_CATEGORY)
+    names = {image["id"]: image["file_name"] for image in images}
+    for image in data["images"]:
+        if names.get(image["id"]) != image["file_name"]:
+            raise _bad(path, "images", image, "file_name", "the instances file has no such image under this id")
+    counts = {len(category["keypoints"]) for category in data["categories"]}
+    if len(counts) != 1:
+        raise InputError(f"{path}: categories have {sorted(counts)} keypoints; all must have the same number")
+    (count,) = counts
+    sigmas = Check(
+        lambda value: _is_numbers(value) and len(value) == count and min(value) > 0,
+        f"a list of {count} numbers above 0 (only COCO's {COCO_KEYPOINTS} keypoints have known sigmas)",
+    )
+    for category in data["categories"]:
+        if count != COCO_KEYPOINTS or "oks_sigmas" in category:
+            _check_fields(path, "categories", [category], {"oks_sigmas": sigmas})
+    by_id = {image["id"] for images in chosen.values() for image in images}
+    annotations = [item for item in data["annotations"] if item["image_id"] in by_id]
+    _check_fields(path, "annotations", annotations, KEYPOINT_ANNOTATION)
+    for item in annotations:
+        if len(item["keypoints"]) != 3 * count:
+            raise _bad(path, "annotations", item, "keypoints", f"its category has {count}: give {3 * count} numbers")
+    _check_not_empty(
+        path, chosen, (item["image_id"] for item in annotations if item["num_keypoints"] and not item["iscrowd"])
+    )
+
+
+def _check_segmentation(path: Path, item: Item, image: Item) -> None:
+    value = item.get("segmentation")
+    if isinstance(value, list):
+        good = value and all(_is_numbers(ring) and len(ring) >= 6 and len(ring) % 2 == 0 for ring in value)
+        remedy = "give polygons of at least 3 points [x, y, x, y, ...]"
+    else:
+        good = isinstance(value, dict) and _is_rle(value, image["height"], image["width"])
+        remedy = f"give polygons, or a run-length code of size [{image['height']}, {image['width']}]"
+    if not good:
+        raise _bad(path, "annotations", item, "segmentation", remedy)
+
+
+def _is_rle(value: Item, height: int, width: int) -> bool:
+    counts = value.get("counts")
+    if value.get("size") != [height, width]:
+        return False
+    if isinstance(counts, list):
+        return all(is_whole(count) and count >= 0 for count in counts) and sum(counts) == height * width
+    try:
+        rle.decode({"size": [height, width], "counts": counts})
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _check_not_empty(path: Path, chosen: dict[str, list[Item]], annotated: Iterable[int]) -> None:
+    ids = set(annotated)
+    for name, images in chosen.items():
+        if not any(image["id"] in ids for image in images):
+            raise InputError(
+                f"{path}: nothing is annotated in the {len(images)} images of the split {name}; "
+                f"raise prepare.images.{name}, or remove the task from the models"
+            )
+
+
+def _check_file_names(folder: Path, path: Path, images: Iterable[Item]) -> None:
+    home = folder.resolve()
+    for image in images:
+        name = image["file_name"]
+        inside = "\0" not in name and ".." not in PurePath(name).parts and not PurePath(name).is_absolute()
+        if not inside or not (folder / name).resolve().is_relative_to(home):
+            raise _bad(path, "images", image, "file_name", f"it must lie in {folder}")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: no such image, but {path} lists it; add the file")
+
+
+def _decode_all(folder: Path, images: Collection[Item]) -> None:
+    """A truncated image is found now, not hours later."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the interpreter's lock
+        for image, complaint in zip(images, pool.map(lambda image: _decode(folder, image), images), strict=True):
+            if complaint:
+                raise InputError(f"{folder / image['file_name']}: {complaint}")
+
+
+def _decode(folder: Path, image: Item) -> str | None:
+    try:
+        with Image.open(folder / image["file_name"]) as picture:
+            picture.load()
+            size = picture.size
+    except Exception as error:  # Pillow's decoders raise many kinds
+        return f"cannot be decoded ({error}); replace the file"
+    if size != (image["width"], image["height"]):
+        expected = f"{image['width']} x {image['height']}"
+        return f"is {size[0]} x {size[1]} pixels, but its annotation file says {expected}; correct one of them"
+    return None
+
+
+def _check_fields(path: Path, section: str, items: Iterable[Item], fields: dict[str, Check]) -> None:
+    for item in items:
+        for key, check in fields.items():
+            if not check.accepts(item.get(key)):
+                raise _bad(path, section, item, key, f"it must be {check.wanted}")
+
+
+def _check_unique(path: Path, section: str, items: list[Item], key: str) -> None:
+    seen: set[int | str] = set()
+    for item in items:
+        if item[key] in seen:
+            raise _bad(path, section, item, key, "another item has it too; give each its own")
+        seen.add(item[key])
+
+
+def _bad(path: Path, section: str, item: Item, key: str, remedy: str) -> InputError:
+    value = reprlib.repr(item[key]) if key in item else "missing"
+    return InputError(f"{path}: {section}, id {item.get('id')}: {key} is {value}: {remedy}")

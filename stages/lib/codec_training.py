@@ -1,0 +1,149 @@
+"""Feature planes of the training split -> packing and trained codec; its rate-distortion beside JPEG's."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from stages.lib.coding import FeatureCodec, encode_scale
+from stages.lib.elic import STRIDE, Elic
+from stages.lib.features import Features
+from stages.lib.models import DEVICE
+from stages.lib.params import SCALES
+from stages.lib.planes import Packing, learn_packing, pack
+
+JPEG_QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90, 95)
+
+
+def fit_packing(features: Features, kind: str) -> Packing:
+    """One pass over the split: moments of the channels -> packing."""
+    moments: dict[str, tuple[int, Tensor, Tensor]] = {}
+    for image_id in tqdm(features.image_ids, desc="channel statistics", disable=None):
+        for scale in SCALES:
+            x = features.scale(image_id, scale).flatten(1).double()
+            count, first, second = moments.get(scale, (0, 0.0, 0.0))
+            moments[scale] = (count + x.shape[1], first + x.sum(1), second + x @ x.T)
+    return learn_packing(kind, moments)
+
+
+def random_crops(
+    features: Features, packing: Packing, batch: int, crop: int, rng: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random crops of planes, padded to multiples of 64, and the masks of their real pixels.
+
+    `batch` crops of scale 0, which has most of the pixels, and half as many of each other scale. Yields
+    (planes [B, c, h, w], masks [B, 1, h, w]), the crops of one shape together.
+    """
+    shapes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+    for scale in SCALES:
+        for image_id in rng.choice(features.image_ids, batch if scale == "0" else -(-batch // 2)):
+            plane, _ = pack(features.scale(int(image_id), scale), scale, packing)
+            top, left = (int(rng.integers(0, max(side - crop, 0) + 1)) for side in plane.shape[1:])
+            plane = plane[:, top : top + crop, left : left + crop]
+            height, width = plane.shape[1:]
+            padding = (0, -width % STRIDE, 0, -height % STRIDE)
+            mask = functional.pad(torch.ones(1, height, width), padding)
+            plane = functional.pad(plane, padding, value=0.5)
+            shapes.setdefault(plane.shape, []).append((plane, mask))
+    for pairs in shapes.values():
+        planes, masks = zip(*pairs, strict=True)
+        yield torch.stack(planes), torch.stack(masks)
+
+
+def train(
+    codec: Elic, features: Features, packing: Packing, steps: int, batch: int, crop: int, lr: float, seed: int
+) -> list[dict]:
+    """Minimise  bits + lambda * 255^2 * squared error  in place, lambda log-uniform in the codec's range per sample.
+
+    A step sees the crops of `random_crops`. Returns the loss, bits and squared error per plane pixel, averaged over
+    every 100 steps.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    codec.train().to(DEVICE)
+    quantiles = [p for name, p in codec.named_parameters() if name.endswith(".quantiles")]
+    weights = [p for name, p in codec.named_parameters() if not name.endswith(".quantiles")]
+    optimizer, aux_optimizer = torch.optim.Adam(weights, lr), torch.optim.Adam(quantiles, 1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    log, window = [], []
+    for step in tqdm(range(1, steps + 1), desc="train codec", disable=None):
+        optimizer.zero_grad(set_to_none=True)
+        total = np.zeros(4)
+        for x, mask in random_crops(features, packing, batch, crop, rng):
+            x, mask = x.to(DEVICE), mask.to(DEVICE)
+            low, high = codec.log_lambdas[0].item(), codec.log_lambdas[-1].item()
+            lmbda = torch.from_numpy(np.exp(rng.uniform(low, high, len(x)))).float().to(DEVICE)
+            x_hat, bits = codec(x, lmbda)
+            error = ((x_hat - x).square() * mask).flatten(1).sum(1)
+            loss = (bits + lmbda * 255**2 * error).sum()
+            (loss / (3 * batch * crop**2)).backward()
+            total += [loss.item(), bits.sum().item(), error.sum().item(), mask.sum().item()]
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        aux_optimizer.zero_grad(set_to_none=True)
+        codec.net.aux_loss().backward()
+        aux_optimizer.step()
+        window.append(total)
+        if step % 100 == 0 or step == steps:
+            loss, bits, error, pixels = np.sum(window, 0)
+            log.append({"step": step, "loss": loss / pixels, "bpp_plane": bits / pixels, "mse": error / pixels})
+            print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
+            window = []
+    codec.eval()
+    return log
+
+
+def rate_distortion(
+    features: Features, image_ids: list[int], feature_codec: FeatureCodec, lambdas: dict[str, float], name: str
+) -> pd.DataFrame:
+    """Real bits and PSNR of the codec, and of JPEG on the plainly tiled planes, over some images: one row a point.
+
+    Both are measured on the features: PSNR = 10 log10(span^2 / MSE), span the image's own range of feature values.
+    bpp_plane counts what is sent for the scale; JPEG's headers are left out of its rate, in its favour.
+    """
+    rows = []
+    for scale in SCALES:
+        maps = [features.scale(i, scale) for i in image_ids]
+        spans = np.array([(m.max() - m.min()).item() for m in maps])
+        pixels = sum(m.numel() for m in maps)
+        for quality, lmbda in lambdas.items():
+            level = feature_codec.codec.level(lmbda)
+            records = [r for m in maps for r in encode_scale(m[None], scale, level, feature_codec)]
+            error = np.mean([r.mse_feature / span**2 for r, span in zip(records, spans, strict=True)])
+            bits = 8 * sum(len(r.data) for r in records)
+            rows.append({"coder": name, "scale": scale, "quality": quality, "bpp_plane": bits / pixels, "psnr": error})
+        for quality in JPEG_QUALITIES:
+            results = [_jpeg(m, scale, quality) for m in maps]
+            bits, error = 8 * sum(r[0] for r in results), np.mean([r[1] for r in results])
+            rows.append(
+                {"coder": "jpeg", "scale": scale, "quality": quality, "bpp_plane": bits / pixels, "psnr": error}
+            )
+    frame = pd.DataFrame(rows)
+    frame["psnr"] = [-10 * math.log10(error) for error in frame["psnr"]]
+    return frame
+
+
+def _jpeg(features: Tensor, scale: str, quality: int) -> tuple[int, float]:
+    """Bytes of the scan and MSE in units of the span^2, for the channels tiled as they are, 8 bits, grey."""
+    low, high = features.min(), features.max()
+    grey = Packing("pca", {scale: torch.eye(len(features))}, {scale: torch.zeros(len(features))})
+    unit = (features - low) / (high - low).clamp(min=1e-12)
+    plane, (below, above) = pack(unit, scale, grey)  # symmetric range: undo it, JPEG gets all 8 bits
+    pixels = (plane[0] * (above - below) + below).clamp(0, 1).mul(255).round().byte().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
+    data = buffer.getvalue()
+    decoded = np.asarray(Image.open(buffer), dtype=np.float64) / 255
+    target = (plane[0] * (above - below) + below).numpy()
+    scan = len(data) - data.index(b"\xff\xda")  # tables and headers are the same for every plane
+    return scan, float(np.mean((decoded - target) ** 2))

@@ -1,0 +1,229 @@
+"""Pyramid + rate control -> bytes of a container, and back; the bit ledger; files of coded splits.
+
+Record of one scale of one image (little endian), the unit that an allocation chooses:
+
+    level    1 byte       rate control of the codec
+    range    2 x float16  feature values of the plane's 0 and 1: the decoder cannot know them
+    length   1-4 bytes    of the payload, 7 bits a byte, lowest first
+    payload               one rANS string
+
+An image adds IMAGE_HEADER_BYTES: height and width before and after the transform, from which all shapes follow.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from stages.lib.elic import CODING_BATCH, Elic
+from stages.lib.features import Features, batches_by_size, sizes_from
+from stages.lib.files import atomic, write_csv
+from stages.lib.models import DEVICE, load_weights, read_checkpoint
+from stages.lib.params import SCALES, InputError
+from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
+
+IMAGE_HEADER_BYTES = 8
+RANGE = struct.Struct("<ee")
+
+
+class FeatureCodec(NamedTuple):
+    """An image codec and the packing that its weights were made for. `channels` of the pyramids it takes."""
+
+    codec: Elic
+    packing: Packing
+    channels: int
+
+
+class Record(NamedTuple):
+    """One coded scale of one image, and its line of the ledger."""
+
+    data: bytes
+    bytes_hyper: int
+    bytes_latent: int
+    estimated_bits: float
+    mse: float  # of the plane, in units of its range
+    mse_feature: float
+
+
+def save_codec(path: Path, feature_codec: FeatureCodec, config: dict) -> None:
+    """Weights as float16 where they are matrices: half the bytes; what is saved is what codes."""
+    state = {
+        name: value.half() if value.ndim > 1 and "gain" not in name and "inverse" not in name else value
+        for name, value in feature_codec.codec.state_dict().items()
+        if not _is_table(name)
+    }
+    with atomic(path) as scratch:
+        torch.save(
+            {
+                "state": state,
+                "config": config,
+                "packing": feature_codec.packing._asdict(),
+                "channels": feature_codec.channels,
+            },
+            scratch,
+        )
+
+
+def build_codec(config: dict) -> Elic:
+    """The codec that `codecs.elic` of params.yaml describes, with random weights."""
+    return Elic(
+        1 if config["packing"] == "pca" else 3,
+        config["N"],
+        config["M"],
+        config["groups"],
+        config["lambda_range"],
+        config["gains"],
+    )
+
+
+def load_codec(path: Path) -> FeatureCodec:
+    """A codec written by `train_codec`, ready to code, on DEVICE."""
+    checkpoint = read_checkpoint(path)
+    codec = build_codec(checkpoint["config"])
+    tables = {name: value for name, value in codec.state_dict().items() if _is_table(name)}
+    load_weights(codec, checkpoint["state"] | tables, str(path))
+    codec = codec.eval().to(DEVICE).to(memory_format=torch.channels_last).update()
+    return FeatureCodec(codec, Packing(**checkpoint["packing"]), checkpoint["channels"])
+
+
+def _is_table(name: str) -> bool:
+    """Coder tables are made from the weights by `update`."""
+    return name.split(".")[-1] in ("_offset", "_quantized_cdf", "_cdf_length", "scale_table")
+
+
+def encode_scale(features: Tensor, scale: str, level: int, feature_codec: FeatureCodec) -> list[Record]:
+    """Feature maps of one scale [N, C, H, W] -> N records."""
+    codec, packing, channels = feature_codec
+    planes, ranges = zip(*(pack(f, scale, packing) for f in features), strict=True)
+    records = []
+    for plane, value_range, coded in zip(
+        planes, ranges, codec.encode(torch.stack(planes).to(DEVICE), level), strict=True
+    ):
+        data = bytes([level]) + RANGE.pack(*value_range) + _length(len(coded.string)) + coded.string
+        mse = (coded.plane.cpu() - plane).square().mean().item()
+        mse_feature = mse * (value_range.high - value_range.low) ** 2 * plane.numel() / features[0].numel()
+        records.append(
+            Record(
+                data, coded.bytes_hyper, len(coded.string) - coded.bytes_hyper, coded.estimated_bits, mse, mse_feature
+            )
+        )
+    return records
+
+
+def decode_scale(records: list[bytes], scale: str, shape: tuple[int, int], feature_codec: FeatureCodec) -> Tensor:
+    """N records of one scale and rate control, feature maps of H, W = shape -> [N, C, H, W] on DEVICE."""
+    codec, packing, channels = feature_codec
+    strings, ranges = [], []
+    for record in records:
+        ranges.append(Range(*RANGE.unpack_from(record, 1)))
+        strings.append(record[_payload_start(record) :])
+    planes = codec.decode(strings, records[0][0], plane_shape(channels, *shape, packing)).cpu()
+    maps = [unpack(plane, r, scale, channels, packing) for plane, r in zip(planes, ranges, strict=True)]
+    return torch.stack(maps).to(DEVICE)
+
+
+def pyramid_shapes(padded: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Height and width of every scale for a padded image size (a multiple of 32): what a receiver derives."""
+    shapes = {scale: (padded[0] // 2 ** (i + 2), padded[1] // 2 ** (i + 2)) for i, scale in enumerate(SCALES[:4])}
+    height, width = shapes["3"]
+    return shapes | {"pool": (-(-height // 2), -(-width // 2))}  # max_pool2d(kernel 1, stride 2)
+
+
+def compress_split(
+    features: Features, feature_codec: FeatureCodec, lmbda: float
+) -> Iterator[tuple[int, str, int, Record]]:
+    """Every image and scale of a split -> (image id, scale, pixels of the plane, record), in the order of `batches`."""
+    level = feature_codec.codec.level(lmbda)
+    for image_ids in features.batches(CODING_BATCH):
+        pyramids = features.pyramids(image_ids)
+        coded = {scale: encode_scale(pyramids[scale], scale, level, feature_codec) for scale in SCALES}
+        for i, image_id in enumerate(image_ids):
+            for scale in SCALES:
+                c, height, width = plane_shape(
+                    feature_codec.channels, *pyramids[scale].shape[2:], feature_codec.packing
+                )
+                yield image_id, scale, height * width, coded[scale][i]
+
+
+def write_coded(
+    path: Path, ledger_path: Path, splits: list[Features], feature_codec: FeatureCodec, lmbda: float
+) -> None:
+    """Splits -> a file of records and the ledger, one line per image and scale.
+
+    HDF5: /<split>/image_ids [n], sizes [n, 6], offsets [5 n + 1] and data: the records of an image, scale by scale.
+    """
+    rows = []
+    with atomic(path) as scratch:
+        with h5py.File(scratch, "w") as file:
+            for features in splits:
+                image_ids, lengths, chunks = [], [], []
+                for image_id, scale, pixels, record in compress_split(features, feature_codec, lmbda):
+                    if scale == SCALES[0]:
+                        image_ids.append(image_id)
+                    lengths.append(len(record.data))
+                    chunks.append(record.data)
+                    rows.append({"split": features.split, "image_id": image_id, "scale": scale} | _line(record, pixels))
+                group = file.create_group(features.split)
+                group["image_ids"] = np.array(image_ids, dtype=np.int64)
+                group["sizes"] = np.array([features.sizes(i) for i in image_ids], dtype=np.int32).reshape(-1, 6)
+                group["offsets"] = np.cumsum([0, *lengths], dtype=np.int64)
+                group["data"] = np.frombuffer(b"".join(chunks), dtype=np.uint8)
+        write_csv(ledger_path, pd.DataFrame(rows))
+
+
+def _line(record: Record, pixels: int) -> dict[str, float]:
+    return {
+        "pixels": pixels,
+        "bytes_latent": record.bytes_latent,
+        "bytes_hyper": record.bytes_hyper,
+        "bytes_header": len(record.data) - RANGE.size - record.bytes_hyper - record.bytes_latent,
+        "bytes_range": RANGE.size,
+        "bits": 8 * len(record.data),
+        "estimated_bits": round(record.estimated_bits, 1),
+        "mse": record.mse,
+        "mse_feature": record.mse_feature,
+    }
+
+
+def decode_split(coded: Path, feature_codec: FeatureCodec, split: str) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Batches of a coded split: (image ids, decoded pyramids scale -> [N, C, H, W])."""
+    try:
+        file = h5py.File(coded, "r")
+    except OSError as error:
+        raise InputError(f"{coded}: cannot be read as HDF5 ({error}); run `compress` again") from None
+    with file:
+        group = file[split]
+        image_ids, offsets, data = group["image_ids"][:].tolist(), group["offsets"][:], group["data"]
+        row = {image_id: i for i, image_id in enumerate(image_ids)}
+        sizes = {i: sizes_from(numbers) for i, numbers in zip(image_ids, group["sizes"][:].tolist(), strict=True)}
+        for batch in batches_by_size(sizes, CODING_BATCH):
+            shapes = pyramid_shapes(sizes[batch[0]].padded)
+            pyramid = {}
+            for s, scale in enumerate(SCALES):
+                at = [row[image_id] * len(SCALES) + s for image_id in batch]
+                records = [data[offsets[k] : offsets[k + 1]].tobytes() for k in at]
+                pyramid[scale] = decode_scale(records, scale, shapes[scale], feature_codec)
+            yield batch, pyramid
+
+
+def _length(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _payload_start(record: bytes) -> int:
+    at = 1 + RANGE.size
+    while record[at] > 127:
+        at += 1
+    return at + 1

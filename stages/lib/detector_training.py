@@ -1,0 +1,124 @@
+"""Images and annotations of one split -> trained detector. One loop for all heads a model carries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from stages.lib.models import DEVICE
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file -> RGB tensor [3, H, W], float32 in [0, 1]."""
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB")).float() / 255
+
+
+def mirrored_order(names: list[str]) -> list[int]:
+    """Order of the keypoints after a horizontal flip: what was left is right."""
+    swap = {"left": "right", "right": "left"}
+    mirror = ["_".join(swap.get(part, part) for part in name.split("_")) for name in names]
+    return [names.index(name) if name in names else i for i, name in enumerate(mirror)]
+
+
+class DetectionDataset(Dataset):
+    """Items: image [3, H, W] and the target of torchvision's R-CNNs, flipped at random.
+
+    Target: boxes [n, 4] (x1 y1 x2 y2, pixels), labels [n] (category ids), masks [n, H, W] if `masks`,
+    keypoints [n, K, 3] if `num_keypoints` (all zero, so without loss, for objects that have none). Crowds are left out.
+    """
+
+    def __init__(self, instances: COCO, keypoints: COCO | None, image_ids: list[int], folder: Path, masks: bool):
+        self.instances, self.folder, self.masks = instances, folder, masks
+        # COCO gives a person the same annotation id in both files.
+        self.keypoints = {a["id"]: a["keypoints"] for a in keypoints.dataset["annotations"]} if keypoints else {}
+        names = next(c["keypoints"] for c in keypoints.dataset["categories"] if "keypoints" in c) if keypoints else []
+        self.num_keypoints, self.mirror = len(names), mirrored_order(names)
+        self.image_ids = [i for i in image_ids if self._annotations(i)]
+
+    def _annotations(self, image_id: int) -> list[dict]:
+        return [
+            a
+            for a in self.instances.imgToAnns[image_id]
+            if not a["iscrowd"]
+            and min(a["bbox"][2:]) > 1
+            and (self.num_keypoints == 0 or self.masks or a["id"] in self.keypoints)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image_id = self.image_ids[index]
+        image = read_image(self.folder / self.instances.imgs[image_id]["file_name"])
+        annotations = self._annotations(image_id)
+        x, y, w, h = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).unbind(1)
+        target = {
+            "boxes": torch.stack([x, y, x + w, y + h], 1),
+            "labels": torch.tensor([a["category_id"] for a in annotations]),
+        }
+        if self.masks:
+            target["masks"] = torch.from_numpy(np.stack([self.instances.annToMask(a) for a in annotations]))
+        if self.num_keypoints:
+            none = [0] * (3 * self.num_keypoints)
+            flat = [self.keypoints.get(a["id"], none) for a in annotations]
+            target["keypoints"] = torch.tensor(flat, dtype=torch.float32).view(len(flat), self.num_keypoints, 3)
+        return self._flip(image, target) if torch.rand(()) < 0.5 else (image, target)
+
+    def _flip(self, image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        width = image.shape[-1]
+        x1, y1, x2, y2 = target["boxes"].unbind(1)
+        target["boxes"] = torch.stack([width - x2, y1, width - x1, y2], 1)
+        if "masks" in target:
+            target["masks"] = target["masks"].flip(-1)
+        if "keypoints" in target:
+            points = target["keypoints"][:, self.mirror]
+            points[..., 0] = torch.where(points[..., 2] > 0, width - points[..., 0], 0)
+            target["keypoints"] = points
+        return image.flip(-1), target
+
+
+def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: float, seed: int) -> list[dict]:
+    """Train `model` in place with AdamW and a one-cycle schedule; returns the losses, averaged over every 100 steps."""
+    torch.manual_seed(seed)
+    model.train().to(DEVICE)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
+    order = torch.utils.data.RandomSampler(
+        data, replacement=False, num_samples=steps * batch, generator=torch.Generator().manual_seed(seed)
+    )
+    loader = DataLoader(
+        data,
+        batch,
+        sampler=order,
+        num_workers=1,
+        collate_fn=lambda items: tuple(zip(*items, strict=True)),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    log, window = [], []
+    for step, (images, targets) in enumerate(tqdm(loader, desc="train detector", disable=None), start=1):
+        images = [image.to(DEVICE) for image in images]
+        targets = [{k: v.to(DEVICE) for k, v in target.items()} for target in targets]
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):  # 1.5 times as fast, on CPUs too
+            losses = model(images, targets)
+        loss = sum(losses.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        window.append({k: v.item() for k, v in losses.items()})
+        if step % 100 == 0 or step == steps:
+            log.append({"step": step} | {k: sum(w[k] for w in window) / len(window) for k in window[0]})
+            print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
+            window = []
+    model.eval()
+    return log

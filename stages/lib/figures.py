@@ -1,0 +1,323 @@
+"""Results -> figures, each as SVG and PNG; the same numbers give the same bytes.
+
+One colour and marker per method everywhere, from the palette of Okabe and Ito (Color Universal Design, 2008).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from stages.lib.bd_rate import INTERVAL_PERCENTILES
+from stages.lib.files import atomic
+from stages.lib.params import SCALES
+from stages.lib.tables import ANCHOR, LABEL_AWARE, UNCODED, resampled
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
+WARNING = "#B00000"
+METHODS = {  # method -> colour, marker; others are grey
+    ANCHOR: (BLACK, "o"),
+    "static": (ORANGE, "s"),
+    "upstream_predicted": (SKY, "^"),
+    "mfiba": (VERMILION, "D"),
+    "mfiba_skip": (BLUE, "P"),
+    "upstream_measured": (PURPLE, "v"),
+    "oracle": (GREEN, "X"),
+}
+OTHER_METHOD = (GREY, "*")
+WITH_BAND = (ANCHOR, "mfiba")
+LOOK = {
+    "svg.hashsalt": "mfiba",  # ids in the SVG are hashes, salted at random by default
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "figure.titlesize": 12,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    "savefig.dpi": 160,
+}
+# Without these matplotlib writes the date and its own version.
+FORMATS = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+
+
+@contextmanager
+def saved(stem: Path, width: float, height: float, layout: str = "constrained") -> Iterator[Figure]:
+    """An empty figure of so many inches, written to <stem>.svg and <stem>.png when the block ends."""
+    with style.context(["default", LOOK]):
+        figure = Figure((width, height), layout=layout)
+        yield figure
+        for suffix, metadata in FORMATS.items():
+            with atomic(Path(f"{stem}.{suffix}")) as scratch:
+                figure.savefig(scratch, metadata=metadata)
+
+
+def rd_figure(stem: Path, points: pd.DataFrame, resamples: pd.DataFrame) -> None:
+    """points.csv and bootstrap.csv of one cell -> accuracy over bits per image of every method."""
+    uncoded = points[points["method"] == UNCODED].iloc[0]
+    with saved(stem, 7.4, 4.4) as figure:
+        axes = figure.add_subplot()
+        axes.axhline(uncoded["accuracy"], color=GREY, linestyle="--", label="uncoded features")
+        for method, rows in points[points["method"] != UNCODED].groupby("method", sort=False):
+            rows = rows.sort_values("bits_per_image", kind="stable")
+            colour, marker = METHODS.get(method, OTHER_METHOD)
+            aware = method in LABEL_AWARE
+            axes.plot(
+                rows["bits_per_image"],
+                rows["accuracy"],
+                color=colour,
+                marker=marker,
+                markerfacecolor="white" if aware else colour,
+                linestyle=":" if aware else "-",
+                label=f"{method} *" if aware else method,
+                zorder=2 if aware else 3,
+            )
+            if method in WITH_BAND:
+                low, high = np.nanpercentile(resampled(resamples, method)[1], INTERVAL_PERCENTILES, axis=0)
+                at = points[points["method"] == method].sort_values("point")["bits_per_image"].to_numpy()
+                order = np.argsort(at, kind="stable")
+                axes.fill_between(at[order], low[order], high[order], color=colour, alpha=0.13, linewidth=0, zorder=1)
+        plain_log_x(axes)
+        axes.set_xlabel("bits per image")
+        axes.set_ylabel(f"{uncoded['accuracy_name']} on {uncoded['split']}")
+        task, codec = uncoded["task"].capitalize(), uncoded["codec"].upper()
+        axes.set_title(f"{task}, {codec}: accuracy over rate, {uncoded['n_images']} images", fontsize=12)
+        if not uncoded["accuracy"] > 0:
+            warning = "The model finds nothing, even with uncoded features."
+            axes.text(0.5, 0.8, warning, color=WARNING, ha="center", transform=axes.transAxes)
+        figure.legend(loc="outside right upper")
+        figure.text(
+            0.995, 0.02, "shaded: 95 % interval\n* uses the labels of\nthe evaluated images", fontsize=9, ha="right"
+        )
+
+
+def codec_figure(stem: Path, model: str, codec: str, rate_distortion: pd.DataFrame, loss: pd.DataFrame) -> None:
+    """rate_distortion.csv and loss.csv of one codec -> PSNR over rate for each scale beside JPEG's; training loss."""
+    with saved(stem, 8.6, 5.2) as figure:
+        panels, last = scale_panels(figure)
+        for scale, axes in panels.items():
+            of_scale = rate_distortion[rate_distortion["scale"] == scale]
+            for coder, rows in of_scale.groupby("coder", sort=False):
+                colour, marker = (ORANGE, "s") if coder == "jpeg" else (BLUE, "o")
+                rows = rows.sort_values("bpp_plane", kind="stable")
+                axes.plot(rows["bpp_plane"], rows["psnr"], color=colour, marker=marker, label=coder.upper())
+            plain_log_x(axes)
+            axes.set_title(f"scale {scale}")
+        figure.supxlabel("bits per plane pixel", fontsize=10)
+        figure.supylabel("PSNR of the plane, dB", fontsize=10)
+        figure.suptitle(f"Codec {codec.upper()} on the features of {model}, split fit")
+        legend = {"handles": panels[SCALES[0]].get_lines(), "fontsize": 10}
+        if len(loss):
+            last.plot(loss["step"], loss["loss"], color=BLUE)
+            last.set_title("training loss over steps")
+            panels[SCALES[0]].legend(**legend)
+        else:
+            last.axis("off")
+            last.legend(loc="center", **legend)
+
+
+def loss_rate_figure(stem: Path, task: str, codec: str, fit: dict, pixels: dict[str, float]) -> None:
+    """`fit_scales` and the mean plane pixels of each scale -> mean drop over rate with the fitted power law."""
+    with saved(stem, 8.6, 5.2) as figure:
+        panels, last = scale_panels(figure)
+        for scale, axes in panels.items():
+            mean, power, weight = fit["mean"][scale], fit["power"][scale], fit["label"][scale]["mean"]
+            rate = np.array(mean["bits"]) / pixels[scale]
+            fine = np.geomspace(rate.min(), rate.max(), 100)
+            axes.axhline(0, color=GREY, linewidth=0.8)
+            measured = axes.plot(rate, mean["drop"], color=BLACK, marker="o", linestyle="", label="mean of the images")
+            law = weight * power["alpha"] * fine ** power["beta"]
+            fitted = axes.plot(fine, law, color=VERMILION, label=r"fit $\bar{w}_s\,\alpha_s R_s^{\beta_s}$")
+            plain_log_x(axes)
+            r2 = "n/a" if power["r2"] is None else f"{power['r2']:.2f}"
+            axes.set_title(f"scale {scale}, held-out $r^2$ = {r2}")
+            if power["flags"]:
+                flags = "\n".join(power["flags"])
+                axes.text(0.97, 0.95, flags, color=WARNING, ha="right", va="top", transform=axes.transAxes)
+        last.axis("off")
+        last.legend(handles=[*measured, *fitted], loc="center", fontsize=10)
+        figure.supxlabel("bits per plane pixel", fontsize=10)
+        figure.supylabel("drop of the image's AP", fontsize=10)
+        figure.suptitle(
+            f"{task.capitalize()}, {codec.upper()}: loss-rate model, {fit['n_labelled']} images of split fit, "
+            "one scale coded"
+        )
+
+
+def importance_figure(stem: Path, task: str, codec: str, fit: dict, weights: pd.DataFrame) -> None:
+    """`fit_scales` and MFIP's predicted weights -> importance of each scale: labels on fit, predictions on test."""
+    of_test = weights[weights["split"] == "test"].groupby("scale")["weight"]
+    predicted = pd.DataFrame({"mean": of_test.mean(), "std": of_test.std(ddof=0)}).reindex(SCALES)
+    labels = pd.DataFrame(fit["label"]).T.reindex(SCALES)
+    place = np.arange(len(SCALES))
+    with saved(stem, 6.4, 4.4) as figure:
+        axes = figure.add_subplot()
+        axes.grid(axis="x", visible=False)
+        for shift, colour, name, table in [
+            (-0.2, BLUE, f"label, {fit['n_labelled']} images of fit", labels),
+            (
+                0.2,
+                ORANGE,
+                f"predicted, {weights.loc[weights['split'] == 'test', 'image_id'].nunique()} images of test",
+                predicted,
+            ),
+        ]:
+            axes.bar(place + shift, table["mean"], 0.38, yerr=table["std"], capsize=3, color=colour, label=name)
+        axes.axhline(1 / len(SCALES), color=GREY, linestyle="--", label="all scales equal")
+        axes.set_xticks(place, SCALES)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("scale")
+        axes.set_ylabel("importance $w_s$, mean ± standard deviation")
+        figure.legend(loc="outside lower center", ncols=3)
+        figure.suptitle(f"{task.capitalize()}, {codec.upper()}: importance of the scales")
+
+
+def scale_panels(figure: Figure) -> tuple[dict[str, Axes], Axes]:
+    """2 x 3 panels: one for each scale, and the last."""
+    *panels, last = figure.subplots(2, 3).flat
+    return dict(zip(SCALES, panels, strict=True)), last
+
+
+# Per decade, from coarse to fine.
+TICKS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9))
+MOST_TICKS = 6
+
+
+def plain_log_x(axes: Axes) -> None:
+    """A logarithmic x axis with the finest ticks that have room, in plain numbers: 5k, 10k, 20k. Call after plotting."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)))
+    choices = [np.outer(decades, steps).ravel() for steps in TICKS]
+    choices = [ticks[(ticks >= low) & (ticks <= high)] for ticks in choices]
+    axes.set_xticks(max((ticks for ticks in choices if len(ticks) <= MOST_TICKS), key=len, default=choices[0]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def plain(value: float) -> str:
+    """1500 -> 1.5k, 2e6 -> 2M, 0.05 -> 0.05"""
+    for unit, name in ((1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"
+
+
+def method_figure(stem: Path) -> None:
+    """The method as boxes and arrows: what is sent, and how the sender chooses phi of each scale."""
+    with saved(stem, 9.6, 4.2, layout="none") as figure:
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 96), ylim=(0, 42))  # the unit is 0.1 inch
+        axes.axis("off")
+        for x, width, name in ((0.8, 67.4, "sender"), (76.8, 18.4, "receiver")):
+            _box(axes, x, 0.8, width, 40.4, "#F3F6F9", "#C9D2DA")
+            axes.text(x + 1.2, 40, name, color="#5B6873", fontsize=12, fontweight="bold", va="top")
+
+        _image(axes, 3, 28.5, 8)
+        axes.text(7, 27.6, "image", ha="center", va="top")
+        _box(axes, 14.8, 29, 10.4, 7, text="backbone")
+        _pyramid(axes, 29, 29, 1, [0.7] * len(SCALES))
+        axes.text(43.5, 36.2, "feature pyramid", ha="center", va="top")
+        _box(axes, 53, 27.5, 13, 10, "#D9EFE7", GREEN, "codec,\neach scale at\nits own $\\varphi_s$")
+        _arrow(axes, (11.4, 32.5), (14.3, 32.5))
+        _arrow(axes, (25.7, 32.5), (28.7, 32.5))
+        _arrow(axes, (50.1, 32.5), (52.5, 32.5))
+        _arrow(axes, (66.5, 32.5), (78.9, 32.5), linewidth=3)
+        axes.text(72.5, 33.6, "bitstream", ha="center")
+
+        _box(axes, 79.5, 28.5, 13, 8, "#D9EFE7", GREEN, "decode")
+        _pyramid(axes, 77.6, 18.6, 0.82, [0.3, 0.9, 0.7, 0.5, 0.2])
+        axes.text(86, 15.3, "darker: higher $\\varphi_s$", ha="center", va="center", fontsize=9)
+        _box(axes, 79.5, 3, 13, 8.5, text="task heads:\nboxes, masks,\nkeypoints")
+        _arrow(axes, (86, 28), (86, 24.5))
+        _arrow(axes, (86, 14.3), (86, 12))
+
+        axes.plot([40.25, 40.25, 8.7], [28.6, 22.4, 22.4], color=BLACK, linewidth=1.4, solid_joinstyle="miter")
+        _arrow(axes, (8.7, 22.48), (8.7, 18))
+        _box(axes, 3, 7.5, 11.4, 10, "#D9EFE7", GREEN, "precode\nat one quality,\ndecode", 9)
+        _box(axes, 18, 7.5, 9, 10, "#FBE6D8", VERMILION, "MFIP\nnetwork")
+        _box(axes, 33.6, 7.5, 15.6, 10, "#FBE6D8", VERMILION)
+        axes.text(41.4, 15.6, "bit allocation", ha="center", va="center")
+        axes.text(41.4, 12.4, r"$\min\ \sum_s w_s\,\alpha_s\,R_s^{\,\beta_s}$", ha="center", va="center")
+        axes.text(41.4, 9.3, r"$+\ \lambda'\,\sum_s \rho_s\,R_s$", ha="center", va="center")
+        _box(axes, 53.4, 7.5, 12.2, 10, "#FBE6D8", VERMILION, "rate model\n\n$R_s = a_s\\varphi_s + b_s$")
+        _arrow(axes, (14.9, 12.5), (17.5, 12.5))
+        _arrow(axes, (27.5, 12.5), (33.1, 12.5))
+        _arrow(axes, (49.7, 12.5), (52.9, 12.5))
+        _arrow(axes, (59.5, 18), (59.5, 27))
+        for x, height in zip(np.arange(5) + 27.95, (1.2, 3.2, 2.2, 1.6, 0.7), strict=True):
+            axes.add_patch(Rectangle((x, 14), 0.8, height, color=VERMILION))
+        axes.text(30.3, 9.6, "weights\n$w_s$", ha="center", va="center")
+        axes.text(51.2, 13.5, "$R_s$", ha="center")
+        axes.text(60.3, 22.4, r"$\varphi_s$", va="center", fontsize=12)
+        axes.text(45.4, 20.7, r"price of a bit $\lambda'$", va="center")
+        _arrow(axes, (44.6, 21.6), (44.6, 18))
+
+        _box(
+            axes,
+            33.6,
+            1.9,
+            32,
+            3,
+            "white",
+            GREY,
+            r"fitted once, on split fit: $\alpha_s$, $\beta_s$ and $a_s$, $b_s$",
+            9,
+        )
+        for x in (41.4, 59.5):
+            _arrow(axes, (x, 5.2), (x, 7.1), color=GREY)
+
+
+def _box(
+    axes: Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    fill: str = "#DCEBF7",
+    edge: str = BLUE,
+    text: str = "",
+    size: float = 10,
+) -> None:
+    corners = "round,pad=0,rounding_size=0.8"
+    axes.add_patch(FancyBboxPatch((x, y), width, height, corners, facecolor=fill, edgecolor=edge, linewidth=1.3))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, linespacing=1.35)
+
+
+def _arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], linewidth: float = 1.4, color: str = BLACK
+) -> None:
+    look = {"arrowstyle": "-|>", "mutation_scale": 9 + 2 * linewidth, "shrinkA": 0, "shrinkB": 0}
+    axes.add_patch(FancyArrowPatch(start, end, color=color, linewidth=linewidth, **look))
+
+
+def _pyramid(axes: Axes, x: float, y: float, size: float, shades: list[float]) -> None:
+    """Five squares from scale 0 to pool, darker where the quality is higher."""
+    for scale, side, shade in zip(SCALES, (6, 4.6, 3.6, 2.9, 2.3), shades, strict=True):
+        side *= size
+        axes.add_patch(Rectangle((x, y), side, side, facecolor="white", edgecolor=BLUE, linewidth=1.2))
+        axes.add_patch(Rectangle((x, y), side, side, facecolor=BLUE, alpha=shade, linewidth=0))
+        axes.text(x + side / 2, y - 0.5, scale, ha="center", va="top", fontsize=9)
+        x += side + 0.3 * size
+
+
+def _image(axes: Axes, x: float, y: float, side: float) -> None:
+    """A photograph: a sky, a sun, two hills."""
+    axes.add_patch(Rectangle((x, y), side, side, facecolor="#D6ECFA", edgecolor=BLACK, linewidth=1.2))
+    axes.plot(x + 0.72 * side, y + 0.74 * side, marker="o", markersize=9, color=ORANGE)
+    for peak, height, half in ((0.35, 0.6, 0.33), (0.68, 0.4, 0.3)):
+        corners = [(peak - half, 0.01), (peak, height), (peak + half, 0.01)]
+        axes.add_patch(Polygon([(x + a * side, y + b * side) for a, b in corners], facecolor=GREEN, edgecolor="white"))

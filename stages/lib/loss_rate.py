@@ -1,0 +1,249 @@
+"""Coded + losses -> curves of the images; curves of `fit` -> task loss-rate model, rate-phi model and mean curves.
+
+The models are those of MFIBA (arXiv 2503.19278), per scale s, with R in bits per plane pixel:
+drop_s(R) = w_s * alpha_s * R**beta_s (alpha > 0, beta < 0) and R_s(phi) = a_s * phi + b_s (phi = 0 .. K - 1).
+"""
+
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import minimize_scalar
+
+from stages.lib.files import read_csv
+from stages.lib.params import SCALES, InputError
+
+BETA_RANGE = (-5.0, -0.01)
+BETA_GRID = 200  # starts of the search: the error has several minima in beta
+FOLDS = 5
+FEW_IMAGES = 2 * FOLDS
+# A failed fit says "no measurable loss": the scale asks for next to nothing until the others have theirs.
+FAILED_ALPHA, FAILED_BETA = 1e-6, -1.0
+EQUAL_DROPS = 1e-9  # drops nearer than this are the same AP; a real step of an image's AP is above 1e-5
+PEAK_SQUARED = 255**2  # planes are normalised to [0, 1]; upstream's constants are for 8-bit MSE
+
+
+class Curves(NamedTuple):
+    """What precoding n images at K qualities gave; images in rising id, scales as SCALES, qualities in rising phi."""
+
+    image_ids: np.ndarray  # [n]
+    drop: np.ndarray  # [n, 5, K] clean - coded AP of the image, only this scale coded; NaN without ground truth
+    clean: np.ndarray  # [n] the image's AP with uncoded features; NaN without ground truth
+    bits: np.ndarray  # [n, 5, K] whole bits, > 0
+    pixels: np.ndarray  # [n, 5] of the plane
+    mse: np.ndarray  # [n, 5, K] of the normalised plane
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """[n] bool: has ground truth of the task. The others count in rate and accuracy, never in a fit of drops."""
+        return np.isfinite(self.clean)
+
+    @property
+    def bpp_plane(self) -> np.ndarray:
+        """[n, 5, K] bits per plane pixel, the R of the formulas."""
+        return self.bits / self.pixels[:, :, None]
+
+
+class PowerFit(NamedTuple):
+    alpha: float
+    beta: float
+    r2: float  # held out: every image predicted by a fit to the other folds
+    rmse: float  # held out, units of the drop
+    r2_in_sample: float
+    rmse_in_sample: float
+    flags: list[str]  # failed, beta_at_bound, negative_r2, too_few_images
+
+
+def read_curves(coded: Path, losses: Path, lambdas: list[str], task: str, split: str) -> Curves:
+    """coded/<q>.csv (bits, MSE) and losses/<q>.csv (drops) of one split -> curves, for the qualities in `lambdas`.
+
+    Raises InputError, naming the file, for a missing column, image or scale, a duplicate, or bits that are not > 0.
+    """
+    coded_files = [Path(coded) / f"{q}.csv" for q in lambdas]
+    rates = [_rows(file, ["bits", "pixels", "mse"], split=split) for file in coded_files]
+    image_ids = np.unique(rates[0]["image_id"])
+    bits, pixels, mse = (
+        np.stack([_table(frame, column, image_ids, file) for frame, file in zip(rates, coded_files, strict=True)], 2)
+        for column in ("bits", "pixels", "mse")
+    )  # [n, 5, K]
+    if not (bits > 0).all() or not (pixels > 0).all():
+        file = coded_files[np.argwhere(~((bits > 0) & (pixels > 0)))[0][2]]
+        raise InputError(f"{file}: split {split!r} has bits or pixels that are not > 0; run compress again")
+
+    loss_files = [Path(losses) / f"{q}.csv" for q in lambdas]
+    drops = [_rows(file, ["clean", "drop"], split=split, task=task) for file in loss_files]
+    labelled_ids = np.unique(drops[0]["image_id"])
+    stray = np.setdiff1d(labelled_ids, image_ids)
+    if len(stray):
+        raise InputError(f"{loss_files[0]}: image {stray[0]} of split {split!r} is not in {coded_files[0]}")
+    drop = np.full(bits.shape, np.nan)
+    clean = np.full(len(image_ids), np.nan)
+    labelled = np.isin(image_ids, labelled_ids)
+    for q, (frame, file) in enumerate(zip(drops, loss_files, strict=True)):
+        drop[labelled, :, q] = _table(frame, "drop", labelled_ids, file)
+        clean[labelled] = _table(frame, "clean", labelled_ids, file)[:, 0]  # the same for every scale and quality
+    return Curves(image_ids, drop, clean, bits, pixels[:, :, 0], mse)
+
+
+def read_table(file: Path, column: str, image_ids: np.ndarray, **where: str) -> np.ndarray:
+    """CSV with image_id, scale -> one column as [n, 5] for just these images, of the rows where column = value.
+
+    Raises InputError, naming the file, for a missing column, image or scale, a duplicate, or a value not finite.
+    """
+    return _table(_rows(file, [column], **where), column, image_ids, file)
+
+
+def importance_labels(drop: np.ndarray) -> np.ndarray:
+    """Drops [n, 5, K] -> weights [n, 5] >= 0 with sum 1: what MFIP learns to predict (labels of the authors' code).
+
+    u[s, q] = (drop[s, q] - min_s drop[q]) / (max_s drop[q] - min_s drop[q]), 1 where all scales are equal;
+    w[s] = sum_q u[s, q] / sum_sq u[s, q]. Images without drops (NaN) get NaN.
+    """
+    lowest = drop.min(1, keepdims=True)
+    span = drop.max(1, keepdims=True) - lowest
+    equal = span < EQUAL_DROPS
+    share = np.where(equal, 1.0, (drop - lowest) / np.where(equal, 1.0, span)).sum(2)
+    return share / share.sum(1, keepdims=True)
+
+
+def fit_power(weight: np.ndarray, drop: np.ndarray, rate: np.ndarray) -> PowerFit:
+    """drop[n, q] ~ weight[n] * alpha * rate[n, q]**beta, least squares, alpha > 0, -5 <= beta <= -0.01.
+
+    weight [n], drop [n, K], rate [n, K] > 0; rows with NaN are left out. This is the task loss-rate model of one scale
+    (arXiv 2503.19278). r2 and rmse are held out by 5-fold cross-validation over images, fold = index mod 5.
+    Flags: `failed` (no rows, or no loss that falls with the rate's power: alpha, beta are then 1e-6, -1),
+    `beta_at_bound`, `negative_r2` (the mean predicts held-out drops better), `too_few_images` (< 10).
+    """
+    usable = np.isfinite(weight) & np.isfinite(drop).all(1)
+    weight, drop, rate = weight[usable], drop[usable], rate[usable]
+    alpha, beta, failed = _solve(weight, drop, rate)
+    fold = np.arange(len(weight)) % FOLDS
+    held_out = np.full(drop.shape, np.nan)
+    for k in np.unique(fold):
+        train, left = fold != k, fold == k
+        held_out[left] = _predict(*_solve(weight[train], drop[train], rate[train])[:2], weight[left], rate[left])
+    r2, rmse = _quality(drop, held_out)
+    flags = [
+        ("failed", failed),
+        ("beta_at_bound", not failed and np.isclose(beta, BETA_RANGE, rtol=0, atol=1e-3).any()),
+        ("negative_r2", r2 < 0),
+        ("too_few_images", len(weight) < FEW_IMAGES),
+    ]
+    in_sample = _quality(drop, _predict(alpha, beta, weight, rate))
+    return PowerFit(alpha, beta, r2, rmse, *in_sample, [name for name, raised in flags if raised])
+
+
+def fit_scales(curves: Curves) -> dict:
+    """Curves of the fit split -> every number that `allocate` takes over from it; inner keys are scale names.
+
+    power: the task loss-rate model {alpha, beta, r2, rmse, ..., flags}; its weights are `importance_labels`.
+    upstream: {a, b, r2}, mean plane MSE * 255**2 ~ a * bpp_plane**b over the K qualities (the authors' model).
+    rate_phi: {a, b, r2, flags}, bpp_plane ~ a * phi + b over images and qualities.
+    mean: {drop: [K], bits: [K]}, labelled images and all images. label: {mean, std} of the importance labels.
+    n_images, n_labelled. An r2 without variance to explain is None. Whatever is flagged also warns.
+    """
+    weights = importance_labels(curves.drop)  # [n, 5]
+    labels = weights[curves.labelled]
+    drops = curves.drop[curves.labelled]
+    bpp_plane = curves.bpp_plane
+    out = {"n_images": len(curves.image_ids), "n_labelled": len(labels)}
+    out |= {model: {} for model in ("power", "upstream", "rate_phi", "mean", "label")}
+    for s, scale in enumerate(SCALES):
+        power = fit_power(weights[:, s], curves.drop[:, s], bpp_plane[:, s])
+        out["power"][scale] = {name: _json_number(value) for name, value in power._asdict().items()}
+        out["upstream"][scale] = _fit_mse(curves.mse[:, s], bpp_plane[:, s])
+        out["rate_phi"][scale] = _fit_rate_phi(bpp_plane[:, s])
+        out["mean"][scale] = {"drop": drops[:, s].mean(0).tolist(), "bits": curves.bits[:, s].mean(0).tolist()}
+        out["label"][scale] = {"mean": float(labels[:, s].mean()), "std": float(labels[:, s].std())}
+        for model in ("power", "upstream", "rate_phi"):
+            fit = out[model][scale]
+            if fit["flags"]:
+                warnings.warn(f"{model} fit of scale {scale!r} is doubtful: {fit}", stacklevel=2)
+    return out
+
+
+def _solve(weight: np.ndarray, drop: np.ndarray, rate: np.ndarray) -> tuple[float, float, bool]:
+    """Least squares (alpha, beta, failed). alpha is linear given beta, so one bounded search needs no start value."""
+    failure = FAILED_ALPHA, FAILED_BETA, True
+    if not weight.size or not drop.any():
+        return failure
+    log_rate = np.log(rate)
+    centre = log_rate.mean()  # keeps R**beta near 1
+
+    def project(beta: float) -> tuple[float, float]:
+        x = weight[:, None] * np.exp(beta * (log_rate - centre))
+        gain = max((x * drop).sum() / max((x * x).sum(), np.finfo(float).tiny), 0.0)
+        return gain, ((drop - gain * x) ** 2).sum()
+
+    grid = np.linspace(*BETA_RANGE, BETA_GRID)
+    best = int(np.argmin([project(beta)[1] for beta in grid]))
+    around = grid[max(best - 1, 0)], grid[min(best + 1, BETA_GRID - 1)]
+    found = minimize_scalar(lambda beta: project(beta)[1], bounds=around, method="bounded", options={"xatol": 1e-9})
+    beta = float(min((found.x, grid[best]), key=lambda candidate: project(candidate)[1]))
+    gain = project(beta)[0]
+    alpha = float(gain * np.exp(-beta * centre))
+    return (alpha, beta, False) if gain > 0 and np.isfinite(alpha) else failure
+
+
+def _predict(alpha: float, beta: float, weight: np.ndarray, rate: np.ndarray) -> np.ndarray:
+    return weight[:, None] * alpha * rate**beta  # [n, K]
+
+
+def _quality(measured: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
+    """(r2, rmse); r2 is NaN where there is nothing to explain."""
+    if not measured.size:
+        return np.nan, np.nan
+    error = ((measured - predicted) ** 2).mean()
+    variance = measured.var()
+    return float(1 - error / variance) if variance > 0 else np.nan, float(np.sqrt(error))
+
+
+def _fit_mse(mse: np.ndarray, bpp_plane: np.ndarray) -> dict:
+    """Mean over images of mse [n, K] * 255**2 ~ a * (mean bpp_plane)**b: upstream's loss-rate model of one scale."""
+    error, rate = PEAK_SQUARED * mse.mean(0)[None], bpp_plane.mean(0)[None]  # [1, K]
+    one = np.ones(1)
+    a, b, failed = _solve(one, error, rate)
+    r2 = _json_number(_quality(error, _predict(a, b, one, rate))[0])
+    return {"a": a, "b": b, "r2": r2, "flags": ["failed"] if failed else []}
+
+
+def _fit_rate_phi(bpp_plane: np.ndarray) -> dict:
+    """bpp_plane [n, K] ~ a * phi + b; the flag `not_rising` says that a quality cannot be found for a rate."""
+    phi = np.broadcast_to(np.arange(bpp_plane.shape[1]), bpp_plane.shape)
+    a, b = np.polyfit(phi.ravel(), bpp_plane.ravel(), 1)
+    r2 = _json_number(_quality(bpp_plane, a * phi + b)[0])
+    return {"a": float(a), "b": float(b), "r2": r2, "flags": [] if a > 0 else ["not_rising"]}
+
+
+def _json_number(value: object) -> object:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def _rows(file: Path, columns: list[str], **where: str) -> pd.DataFrame:
+    frame = read_csv(file)
+    missing = [c for c in [*where, "image_id", "scale", *columns] if c not in frame]
+    if missing:
+        raise InputError(f"{file} has no column {missing[0]!r}; run the stage that writes it again")
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    if frame.empty:
+        raise InputError(f"{file} has no rows of {where}; run the stage that writes it for them")
+    return frame
+
+
+def _table(frame: pd.DataFrame, column: str, image_ids: np.ndarray, file: Path) -> np.ndarray:
+    """One column as [n, 5], every image and scale exactly once."""
+    values = frame.set_index(["image_id", "scale"])[column]
+    wanted = pd.MultiIndex.from_product([image_ids, SCALES])
+    if not values.index.is_unique:
+        raise InputError(f"{file}: image, scale {values.index[values.index.duplicated()][0]} is there twice")
+    odd = values.index.symmetric_difference(wanted)
+    if len(odd):
+        raise InputError(f"{file}: image, scale {odd[0]} is missing, or is in this file only; run the stage again")
+    table = values.reindex(wanted).to_numpy(float).reshape(len(image_ids), len(SCALES))
+    if not np.isfinite(table).all():
+        raise InputError(f"{file}: column {column!r} holds values that are not finite; run the stage again")
+    return table

@@ -1,0 +1,226 @@
+"""Decoded pyramids + heads -> accuracies: of one coded scale at a time, and of whole allocations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from pycocotools.coco import COCO
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from stages.lib.accuracy import Matches, average_precision, bootstrap_weights, match_variants, merge, per_image, results
+from stages.lib.coding import IMAGE_HEADER_BYTES, FeatureCodec, decode_split
+from stages.lib.features import Features
+from stages.lib.files import read_csv
+from stages.lib.models import DEVICE, detect, heads_for
+from stages.lib.params import SCALES, InputError
+
+PYRAMIDS_PER_PASS = 48  # of the heads: enough to fill a CPU's caches and a GPU, flat in memory
+ACCURACY_NAMES = {"detection": "box AP", "segmentation": "mask AP", "keypoints": "keypoint AP"}
+Pyramid = dict[str, Tensor]  # scale -> [N, C, H_s, W_s]
+
+
+class Truths(NamedTuple):
+    """Ground truth of one split: task -> COCO object, and the categories that have keypoints."""
+
+    coco: dict[str, COCO]
+    person_ids: set[int]
+
+
+def truths(coco: dict[str, COCO]) -> Truths:
+    people = coco["keypoints"].cats.items() if "keypoints" in coco else ()
+    return Truths(coco, {category_id for category_id, category in people if "keypoints" in category})
+
+
+def single_scale_losses(
+    detector: nn.Module, features: Features, coded: Path, feature_codec: FeatureCodec, ledger: Path, truth: Truths
+) -> pd.DataFrame:
+    """One scale coded, the others clean -> rows task, split, image_id, scale, clean, coded, drop.
+
+    clean, coded: the image's own COCO AP; images without ground truth of a task have no row. All variants of a batch
+    of images pass the heads together. Decoding is checked against the encoder: another reconstruction than the
+    ledger's raises InputError.
+    """
+    lines = read_csv(ledger)
+    expected = lines[lines["split"] == features.split].set_index(["image_id", "scale"])["mse_feature"]
+    rows = []
+    for image_ids, decoded in _progress(decode_split(coded, feature_codec, features.split), features, "measure"):
+        clean = _on_device(features.pyramids(image_ids))
+        _check_decoded(coded, image_ids, clean, decoded, expected)
+        variants = [clean] + [clean | {scale: decoded[scale]} for scale in SCALES]
+        sizes = [features.sizes(i) for i in image_ids]
+        with heads_for(detector, set(truth.coco)):
+            detections = detect(detector, _stack(variants), sizes * len(variants))
+        for task, coco in truth.coco.items():
+            found = [
+                [r for i, d in zip(image_ids, part, strict=True) for r in results(i, d, task, truth.person_ids)]
+                for part in _chunks(detections, len(image_ids))
+            ]
+            accuracy = np.stack([per_image(m) for m in match_variants(coco, found, image_ids, task)])  # [6, n]
+            for i, image_id in enumerate(image_ids):
+                if not np.isnan(accuracy[0, i]):
+                    uncoded = accuracy[0, i]
+                    for s, scale in enumerate(SCALES):
+                        value = accuracy[s + 1, i]
+                        rows.append((task, features.split, image_id, scale, uncoded, value, uncoded - value))
+    frame = pd.DataFrame(rows, columns=["task", "split", "image_id", "scale", "clean", "coded", "drop"])
+    return frame.sort_values(["task", "image_id", "scale"], kind="stable", ignore_index=True)
+
+
+class Choices(NamedTuple):
+    """An allocation table as arrays."""
+
+    points: list[tuple[str, int]]  # (method, number), in the table's order
+    phi: dict[int, np.ndarray]  # image id -> quality of each scale [points, 5]
+
+
+def choices_of(allocation: pd.DataFrame) -> Choices:
+    points = list(dict.fromkeys(zip(allocation["method"], allocation["point"], strict=True)))
+    number = {point: i for i, point in enumerate(points)}
+    ids = allocation["image_id"].unique()
+    row = {image_id: i for i, image_id in enumerate(ids)}
+    scale = {name: i for i, name in enumerate(SCALES)}
+    phi = np.full((len(ids), len(points), len(SCALES)), -1)
+    at = (
+        allocation["image_id"].map(row),
+        [number[p] for p in zip(allocation["method"], allocation["point"], strict=True)],
+        allocation["scale"].map(scale),
+    )
+    phi[at] = allocation["phi"].astype(int)
+    return Choices(points, {int(image_id): phi[i] for image_id, i in row.items()})
+
+
+class Evaluation(NamedTuple):
+    """`points` has the columns of rd_points.csv; `bootstrap` the same points for resamples of the images."""
+
+    points: pd.DataFrame
+    bootstrap: pd.DataFrame
+
+
+def evaluate(
+    detector: nn.Module,
+    features: Features,
+    coded: Path,
+    qualities: list[str],
+    feature_codec: FeatureCodec,
+    allocation: pd.DataFrame,
+    truth: Truths,
+    task: str,
+) -> tuple[Choices, dict[tuple[str, int], Matches]]:
+    """What the detections of every operating point are worth, from jointly decoded pyramids.
+
+    Each image is decoded once at every quality, and every scale taken at the quality that the method chose; equal
+    choices of several methods pass the heads once. Point ("none", 0) is the uncoded pyramid.
+    """
+    choices = choices_of(allocation)
+    matches: list[list[Matches]] = []
+    files = [decode_split(coded / f"{quality}.h5", feature_codec, features.split) for quality in qualities]
+    uncoded = (len(qualities),) * len(SCALES)
+    for parts in _progress(zip(*files, strict=True), features, "evaluate"):
+        image_ids = parts[0][0]
+        decoded = [pyramid for _, pyramid in parts] + [_on_device(features.pyramids(image_ids))]
+        chosen = {i: [uncoded, *map(tuple, choices.phi[i].tolist())] for i in image_ids}
+        wanted = [(i, phi) for i in image_ids for phi in sorted(set(chosen[i]))]
+        found = {}
+        for chunk in _chunks(wanted, PYRAMIDS_PER_PASS):
+            at = [(image_ids.index(i), phi) for i, phi in chunk]
+            pyramid = {
+                scale: torch.stack([decoded[phi[s]][scale][k] for k, phi in at]) for s, scale in enumerate(SCALES)
+            }
+            with heads_for(detector, {task}):
+                detections = detect(detector, pyramid, [features.sizes(i) for i, _ in chunk])
+            for key, detection in zip(chunk, detections, strict=True):
+                found[key] = results(key[0], detection, task, truth.person_ids)
+        variants = [[r for i in image_ids for r in found[i, chosen[i][p]]] for p in range(len(choices.points) + 1)]
+        matches.append(match_variants(truth.coco[task], variants, image_ids, task))
+    merged = [merge(list(parts)) for parts in zip(*matches, strict=True)]
+    return choices, dict(zip([("none", 0), *choices.points], merged, strict=True))
+
+
+def tabulate(
+    choices: Choices,
+    matches: dict[tuple[str, int], Matches],
+    bits: dict[int, np.ndarray],
+    features: Features,
+    names: dict[str, str],
+    resamples: int,
+    seed: int,
+) -> Evaluation:
+    """Matches of every operating point and bits of every record -> rates, accuracies and their bootstrap.
+
+    All points are resampled with the same images, so that differences between methods are paired. `names`: task, codec.
+    """
+    order = matches["none", 0].image_ids.tolist()
+    weights = bootstrap_weights(len(order), resamples, seed)
+    pixels = sum(np.prod(features.sizes(i).original) for i in order)
+    rows, resampled = [], []
+    for (method, point), match in matches.items():
+        sent = np.zeros(len(order))
+        if method != "none":
+            row = choices.points.index((method, point))
+            scales = np.arange(len(SCALES))
+            sent = np.array([bits[i][scales, choices.phi[i][row]].sum() + 8 * IMAGE_HEADER_BYTES for i in order])
+        key = {"method": method, "point": point}
+        rows.append(
+            names
+            | key
+            | {
+                "n_images": len(order),
+                "bits_per_image": sent.mean(),
+                "bpp": sent.sum() / pixels,
+                "accuracy": average_precision(match)[0],
+                "accuracy_name": ACCURACY_NAMES[names["task"]],
+                "split": features.split,
+            }
+        )
+        rates, accuracies = weights @ sent / len(order), average_precision(match, weights)
+        resampled.append(
+            pd.DataFrame(key | {"resample": np.arange(resamples), "bits_per_image": rates, "accuracy": accuracies})
+        )
+    return Evaluation(pd.DataFrame(rows), pd.concat(resampled, ignore_index=True))
+
+
+def bits_of(coded: Path, qualities: list[str], features: Features) -> dict[int, np.ndarray]:
+    """Image id -> bits of its records [5, K], from the ledgers."""
+    bits = {image_id: np.zeros((len(SCALES), len(qualities)), dtype=np.int64) for image_id in features.image_ids}
+    for k, quality in enumerate(qualities):
+        ledger = read_csv(coded / f"{quality}.csv")
+        ledger = ledger[ledger["split"] == features.split]
+        for image_id, scale, value in zip(ledger["image_id"], ledger["scale"], ledger["bits"], strict=True):
+            bits[image_id][SCALES.index(scale), k] = value
+    return bits
+
+
+def _check_decoded(coded: Path, image_ids: list[int], clean: Pyramid, decoded: Pyramid, expected: pd.Series) -> None:
+    for scale in SCALES:
+        mse = (decoded[scale] - clean[scale]).square().flatten(1).mean(1).tolist()
+        for image_id, value in zip(image_ids, mse, strict=True):
+            if not np.isclose(value, expected[image_id, scale], rtol=1e-2, atol=1e-9):
+                raise InputError(
+                    f"{coded}: image {image_id}, scale {scale} decodes to an MSE of {value:.4g} where its encoder had "
+                    f"{expected[image_id, scale]:.4g}; the file or the codec was changed: run `compress` again"
+                )
+
+
+def _progress(batches: Iterator, features: Features, name: str) -> Iterator:
+    with tqdm(total=len(features.image_ids), desc=f"{name} {features.split}", disable=None, mininterval=1) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch[0] if isinstance(batch[0], list) else batch[0][0]))
+
+
+def _stack(pyramids: list[Pyramid]) -> Pyramid:
+    return {scale: torch.cat([p[scale] for p in pyramids]) for scale in SCALES}
+
+
+def _on_device(pyramid: Pyramid) -> Pyramid:
+    return {scale: value.to(DEVICE) for scale, value in pyramid.items()}
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

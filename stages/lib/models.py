@@ -1,0 +1,166 @@
+"""Detectors of torchvision, cut at the feature pyramid: image -> pyramid (sender), pyramid -> detections (receiver)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection, resnet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FasterRCNN, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
+
+from stages.lib.files import atomic
+from stages.lib.params import InputError
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Sizes(NamedTuple):
+    """Height and width of one image: as stored in the data set, as the backbone saw it, and padded."""
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    padded: tuple[int, int]
+
+
+def resnet10_fpn(num_classes: int, num_keypoints: int, min_size: int, max_size: int) -> FasterRCNN:
+    """A small Faster/Mask/Keypoint R-CNN in one: ResNet-10, FPN of 32 channels, the three heads of torchvision, narrow.
+
+    Anchors start at 8 px and proposals are few: the model is made for images of about 128 px.
+    """
+    body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    channels = 32
+    backbone = BackboneWithFPN(
+        body, {f"layer{i + 1}": str(i) for i in range(4)}, in_channels_list=[64, 128, 256, 512], out_channels=channels
+    )
+    levels = ["0", "1", "2", "3"]
+    model = FasterRCNN(
+        backbone,
+        min_size=min_size,
+        max_size=max_size,
+        rpn_anchor_generator=AnchorGenerator(
+            sizes=tuple((size,) for size in (8, 16, 32, 64, 128)), aspect_ratios=((0.5, 1.0, 2.0),) * 5
+        ),
+        rpn_pre_nms_top_n_train=400,
+        rpn_post_nms_top_n_train=200,
+        rpn_pre_nms_top_n_test=150,
+        rpn_post_nms_top_n_test=100,
+        rpn_batch_size_per_image=128,
+        box_head=TwoMLPHead(channels * 7**2, 256),
+        box_predictor=detection.faster_rcnn.FastRCNNPredictor(256, num_classes),
+        box_batch_size_per_image=64,
+        box_detections_per_img=25,
+    )
+    heads = model.roi_heads
+    heads.mask_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
+    heads.mask_head = MaskRCNNHeads(channels, (64,) * 4, dilation=1)
+    heads.mask_predictor = MaskRCNNPredictor(64, 64, num_classes)
+    heads.keypoint_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
+    heads.keypoint_head = KeypointRCNNHeads(channels, (64,) * 4)
+    heads.keypoint_predictor = KeypointRCNNPredictor(64, num_keypoints)
+    return model
+
+
+def build(params: dict, num_classes: int, num_keypoints: int) -> nn.Module:
+    """The network that `models.<name>` of params.yaml describes, with random weights."""
+    size = {"min_size": params["image_size"]["min"], "max_size": params["image_size"]["max"]}
+    if params["architecture"] == "resnet10_fpn":
+        return resnet10_fpn(num_classes, num_keypoints, **size)
+    builder = getattr(detection, params["architecture"])
+    counts = {"num_classes": num_classes}
+    if params["architecture"].startswith("keypoint"):
+        counts["num_keypoints"] = num_keypoints
+    return builder(weights=None, weights_backbone=None, **counts, **size)
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load `state` strictly; raises InputError that names the first layer that does not fit."""
+    own = module.state_dict()
+    for name, value in own.items():
+        if name not in state:
+            raise InputError(f"{source}: has no weights for layer {name!r}; the file belongs to another network")
+        if state[name].shape != value.shape:
+            raise InputError(
+                f"{source}: layer {name!r} has shape {tuple(state[name].shape)}, the network needs "
+                f"{tuple(value.shape)}; the file belongs to another network or data set"
+            )
+    if extra := [name for name in state if name not in own]:
+        raise InputError(f"{source}: layer {extra[0]!r} is unknown to the network; the file belongs to another network")
+    module.load_state_dict(state)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint of this project: `{"state": layer -> tensor, ...plain values}`; tensors come back as float32."""
+    if not path.is_file():
+        raise InputError(f"{path}: weights are missing; give an existing file, or null to train from the start")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint["state"]
+        checkpoint["state"] = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    except Exception as error:  # torch.load raises many types for a file that is no checkpoint
+        raise InputError(f"{path}: is no weights file of this project ({type(error).__name__})") from error
+    return checkpoint
+
+
+def load_model(path: Path, params: dict) -> nn.Module:
+    """The detector of a file written by `train_model`, in eval mode on DEVICE."""
+    checkpoint = read_checkpoint(path)
+    model = build(params, checkpoint["num_classes"], checkpoint["num_keypoints"])
+    load_weights(model, checkpoint["state"], str(path))
+    return model.eval().to(DEVICE)
+
+
+@torch.inference_mode()
+def pyramid_of(model: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Sizes]:
+    """One image [3, H, W] in [0, 1] -> its pyramid, scale -> [1, C, H_s, W_s], and its sizes.
+
+    One image at a time: in a batch torchvision pads all images to the largest one, and the features would depend on
+    the company an image keeps.
+    """
+    images, _ = model.transform([image.to(DEVICE)])
+    pyramid = model.backbone(images.tensors)
+    return dict(pyramid), Sizes(tuple(image.shape[-2:]), images.image_sizes[0], tuple(images.tensors.shape[-2:]))
+
+
+@contextmanager
+def heads_for(model: nn.Module, tasks: set[str]) -> Iterator[None]:
+    """Within the block only the heads that `tasks` need are run (the box head always is)."""
+    heads, removed = model.roi_heads, {}
+    for task, kind in (("segmentation", "mask"), ("keypoints", "keypoint")):
+        if task not in tasks:
+            removed[f"{kind}_roi_pool"] = getattr(heads, f"{kind}_roi_pool", None)
+    for name in removed:
+        setattr(heads, name, None)
+    try:
+        yield
+    finally:
+        for name, module in removed.items():
+            setattr(heads, name, module)
+
+
+@torch.inference_mode()
+def detect(model: nn.Module, pyramid: dict[str, Tensor], sizes: list[Sizes]) -> list[dict[str, Tensor]]:
+    """Pyramids [N, C, H_s, W_s] of images of one padded size -> torchvision's detections in original coordinates."""
+    n, padded = len(sizes), sizes[0].padded
+    # RPN reads only shape, dtype and device of the images.
+    blank = torch.zeros((), device=pyramid["0"].device).expand(n, 3, *padded)
+    images = ImageList(blank, [s.resized for s in sizes])
+    proposals, _ = model.rpn(images, pyramid)
+    detections, _ = model.roi_heads(pyramid, proposals, images.image_sizes)
+    return model.transform.postprocess(detections, images.image_sizes, [s.original for s in sizes])
+
+
+def save_model(path: Path, model: nn.Module, num_classes: int, num_keypoints: int, half: bool) -> None:
+    """Write what `load_model` reads. `half`: matrices as float16, half the bytes; what is saved is what is measured."""
+    state = {k: v.half() if half and v.ndim > 1 else v for k, v in model.state_dict().items()}
+    with atomic(path) as scratch:
+        torch.save({"state": state, "num_classes": num_classes, "num_keypoints": num_keypoints}, scratch)

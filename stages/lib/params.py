@@ -1,0 +1,257 @@
+"""params.yaml -> a dict of numbers that is known to be right; a command line -> one call."""
+
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+SCALES = ("0", "1", "2", "3", "pool")
+TASKS = {"detection": "bbox", "segmentation": "segm", "keypoints": "keypoints"}  # task -> COCO's iouType
+CODECS = ("elic",)
+ARCHITECTURES = {  # architecture -> the tasks that its heads serve
+    "resnet10_fpn": ("detection", "segmentation", "keypoints"),
+    "fasterrcnn_resnet50_fpn": ("detection",),
+    "maskrcnn_resnet50_fpn": ("detection", "segmentation"),
+    "keypointrcnn_resnet50_fpn": ("detection", "keypoints"),
+}
+
+
+class InputError(ValueError):
+    """Bad input: one line that names the file or key, the value and the remedy."""
+
+
+class Check(NamedTuple):
+    """A leaf of the schema."""
+
+    accepts: Callable[[Any], bool]
+    wanted: str
+
+
+class Named(NamedTuple):
+    """A mapping from names that the user chooses (those that `name` accepts) to values of one schema."""
+
+    name: Check
+    schema: Any
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def whole(least: int, multiple_of: int = 1) -> Check:
+    wanted = f"a whole number of at least {least}" + (f", a multiple of {multiple_of}" if multiple_of > 1 else "")
+    return Check(lambda value: is_whole(value) and value >= least and value % multiple_of == 0, wanted)
+
+
+def one_of(choices: tuple[str, ...]) -> Check:
+    return Check(lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}")
+
+
+POSITIVE = Check(lambda value: is_number(value) and value > 0, "a number above 0 (an exponent needs a point: 1.0e-3)")
+SHARE = Check(lambda value: is_number(value) and 0 < value < 1, "a number between 0 and 1")
+TEXT = Check(_is_text, "a text")
+TEXT_OR_NULL = Check(lambda value: value is None or _is_text(value), "a text or null")
+NAME = Check(
+    lambda name: isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
+    "made of letters, digits, - and _ (it becomes a file name)",
+)
+TASK_LIST = Check(
+    lambda value: isinstance(value, list) and len(value) > 0 and all(isinstance(v, str) and v in TASKS for v in value),
+    f"a list with some of {', '.join(TASKS)}",
+)
+GROUPS = Check(
+    lambda value: isinstance(value, list) and len(value) > 0 and all(is_whole(v) and v > 0 for v in value),
+    "a list of whole numbers of at least 1",
+)
+RANGE = Check(
+    lambda value: (
+        isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and 0 < value[0] < value[1]
+    ),
+    "[lowest, highest] with 0 < lowest < highest",
+)
+
+SCHEMA = {
+    "root": TEXT,
+    "seed": whole(0),
+    "prepare": {
+        "source": one_of(("shapes", "coco")),
+        "coco_root": TEXT_OR_NULL,
+        "size": whole(64),
+        "images": {"train": whole(1), "fit": whole(2), "test": whole(1)},  # fit: one to learn from, one to validate
+    },
+    "models": Named(
+        NAME,
+        {
+            "architecture": one_of(tuple(ARCHITECTURES)),
+            "tasks": TASK_LIST,
+            "weights": TEXT_OR_NULL,
+            "image_size": {"min": whole(32), "max": whole(32)},
+            "steps": whole(0),
+            "batch": whole(1),
+            "lr": POSITIVE,
+        },
+    ),
+    "extract": {"train_images": whole(1), "dtype": one_of(("float32", "float16"))},
+    "lambdas": Named(
+        Check(lambda name: isinstance(name, str) and re.fullmatch(r"q[0-9]+", name) is not None, "q1, q2, ..."),
+        POSITIVE,
+    ),
+    "codecs": Named(
+        one_of(CODECS),
+        {
+            "packing": one_of(("pca", "tile")),
+            "N": whole(1),
+            "M": whole(1),
+            "groups": GROUPS,
+            "lambda_range": RANGE,
+            "gains": whole(2),
+            "init": TEXT_OR_NULL,
+            "steps": whole(0),
+            "batch": whole(1),
+            "crop": whole(64, multiple_of=64),  # the codec's total stride
+            "lr": POSITIVE,
+        },
+    ),
+    "tasks": Named(one_of(tuple(TASKS)), {"precode": TEXT, "points": whole(1)}),
+    "mfip": {"channels": whole(1), "epochs": whole(1), "lr": POSITIVE, "validation": SHARE},
+    "report": {"bootstrap": whole(1)},
+    "cells": Named(NAME, {"task": TEXT, "model": TEXT, "codec": TEXT}),
+}
+
+
+def load_params() -> dict[str, Any]:
+    """The profile's params.yaml (in the working folder), checked as a whole."""
+    path = Path("params.yaml")
+    try:
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.absolute()}: no such file; run the stage in the folder of a profile") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"params.yaml: not valid YAML ({error}); correct the file") from None
+    check_params(params)
+    return params
+
+
+def check_params(params: Any) -> None:
+    _walk(params, SCHEMA, "")
+    _check_prepare(params)
+    for name, model in params["models"].items():
+        served = ARCHITECTURES[model["architecture"]]
+        for task in model["tasks"]:
+            _need(
+                task in served, f"models.{name}.tasks", task, f"{model['architecture']} serves only {', '.join(served)}"
+            )
+        low, high = model["image_size"]["min"], model["image_size"]["max"]
+        _need(low <= high, f"models.{name}.image_size.max", high, f"it must be at least min, {low}")
+    _check_lambdas(params)
+    for name, codec in params["codecs"].items():
+        total = sum(codec["groups"])
+        _need(
+            total == codec["M"], f"codecs.{name}.groups", codec["groups"], f"the sum, {total}, must be M = {codec['M']}"
+        )
+    for name, task in params["tasks"].items():
+        _refer(params, "lambdas", task["precode"], f"tasks.{name}.precode")
+    _check_cells(params)
+
+
+def _check_prepare(params: dict[str, Any]) -> None:
+    prepare = params["prepare"]
+    _need(
+        prepare["source"] != "coco" or prepare["coco_root"] is not None,
+        "prepare.coco_root",
+        None,
+        "source is coco: give the folder with train2017/, val2017/ and annotations/",
+    )
+    wanted, available = params["extract"]["train_images"], prepare["images"]["train"]
+    _need(wanted <= available, "extract.train_images", wanted, f"prepare.images.train has only {available}")
+
+
+def _check_lambdas(params: dict[str, Any]) -> None:
+    lambdas = params["lambdas"]
+    _need(len(lambdas) >= 2, "lambdas", lambdas, "give at least two: the rate is fitted over them")
+    highest = 0.0
+    for name, value in lambdas.items():
+        _need(value > highest, f"lambdas.{name}", value, f"it must be above the one before it, {highest}")
+        highest = value
+        for codec, numbers in params["codecs"].items():
+            low, high = numbers["lambda_range"]
+            _need(low <= value <= high, f"lambdas.{name}", value, f"codecs.{codec}.lambda_range is [{low}, {high}]")
+
+
+def _check_cells(params: dict[str, Any]) -> None:
+    seen: dict[tuple[str, str], str] = {}
+    for name, cell in params["cells"].items():
+        for key in ("task", "model", "codec"):
+            _refer(params, f"{key}s", cell[key], f"cells.{name}.{key}")
+        tasks = params["models"][cell["model"]]["tasks"]
+        _need(
+            cell["task"] in tasks,
+            f"cells.{name}.model",
+            cell["model"],
+            f"models.{cell['model']}.tasks lacks {cell['task']}",
+        )
+        first = seen.setdefault((cell["task"], cell["codec"]), name)
+        _need(first == name, f"cells.{name}", cell, f"cells.{first} has this task and codec already; remove one")
+
+
+def _walk(value: Any, schema: Any, key: str) -> None:
+    if isinstance(schema, Check):
+        _need(schema.accepts(value), key, value, f"it must be {schema.wanted}")
+        return
+    _need(isinstance(value, dict) and value, key or "the file", value, "it must be a mapping with at least one key")
+    prefix = f"{key}." if key else ""
+    if isinstance(schema, Named):
+        for name, inner in value.items():
+            _need(schema.name.accepts(name), f"{prefix}{name}", inner, f"its name must be {schema.name.wanted}")
+            _walk(inner, schema.schema, f"{prefix}{name}")
+        return
+    for name in value:
+        if name not in schema:
+            close = get_close_matches(str(name), schema, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(schema)}"
+            raise InputError(f"params.yaml: unknown key {prefix}{name}: {value[name]!r}; {remedy}")
+    for name, inner in schema.items():
+        if name not in value:
+            raise InputError(f"params.yaml: {prefix}{name} is missing; add it")
+        _walk(value[name], inner, f"{prefix}{name}")
+
+
+def _refer(params: dict[str, Any], section: str, name: str, key: str) -> None:
+    _need(name in params[section], key, name, f"it is not in {section}; choose from {', '.join(params[section])}")
+
+
+def _need(condition: Any, key: str, value: Any, remedy: str) -> None:
+    if not condition:
+        raise InputError(f"params.yaml: {key} is {value!r}: {remedy}")
+
+
+def entry(main: Callable[..., None]) -> None:
+    """The command line -> `main`; bad input -> one line on stderr and exit code 2."""
+    parameters = inspect.signature(main, eval_str=True).parameters.values()
+    words = sys.argv[1:]
+    if len(words) != len(parameters):
+        stage = Path(sys.argv[0]).stem
+        sys.exit(_fail(f"usage: python -m stages.{stage} {' '.join(parameter.name for parameter in parameters)}"))
+    try:
+        main(*(parameter.annotation(word) for parameter, word in zip(parameters, words, strict=True)))
+    except (InputError, OSError) as error:
+        sys.exit(_fail(str(error)))
+
+
+def _fail(message: str) -> int:
+    print(" ".join(message.split()), file=sys.stderr)
+    return 2

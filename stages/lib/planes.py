@@ -1,0 +1,107 @@
+"""Pyramid <-> planes: one scale, channel-rotated, normalised and tiled into an image that an image codec takes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stages.lib.params import SCALES
+
+
+class Range(NamedTuple):
+    """Feature values that a plane's 0 and 1 stand for; float16, since the receiver is sent these very numbers."""
+
+    low: float
+    high: float
+
+
+class Packing(NamedTuple):
+    """How feature maps become planes. The basis belongs to the codec's weights and costs no bits.
+
+    kind: `pca` (grey planes of rotated, centred channels) or `tile` (the paper's: channels as they are, 3 per pixel).
+    basis: scale -> [C, C], rows orthonormal, by falling variance (`pca` only).
+    mean: scale -> [C], the mean over the training split (`pca` only).
+    """
+
+    kind: str
+    basis: dict[str, Tensor]
+    mean: dict[str, Tensor]
+
+    @property
+    def plane_channels(self) -> int:
+        return 1 if self.kind == "pca" else 3
+
+
+def learn_packing(kind: str, moments: dict[str, tuple[int, Tensor, Tensor]]) -> Packing:
+    """The packing from sums over `train`: scale -> (count, sum [C], sum of outer products [C, C]), float64."""
+    if kind == "tile":
+        return Packing(kind, {}, {})
+    basis, mean = {}, {}
+    for scale in SCALES:
+        count, first, second = moments[scale]
+        mean[scale] = (first / count).float()
+        covariance = second / count - torch.outer(first, first) / count**2
+        vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1).T  # rising eigenvalues -> falling
+        # eigh leaves the sign open: make the largest entry of each row positive.
+        sign = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+        basis[scale] = (vectors * sign).float().contiguous()
+    return Packing(kind, basis, mean)
+
+
+def grid(tiles: int) -> tuple[int, int]:
+    """Rows and columns of the tiling: without empty tiles if the sides' ratio stays within 2, else nearly square."""
+    rows = math.isqrt(tiles - 1) + 1 if tiles > 1 else 1
+    for exact in range(rows, 2 * rows):
+        if tiles % exact == 0 and exact <= 2 * (tiles // exact):
+            return exact, tiles // exact
+    return rows, -(-tiles // rows)
+
+
+def pack(features: Tensor, scale: str, packing: Packing) -> tuple[Tensor, Range]:
+    """Features of one image [C, H, W] -> plane [c, gh*H, gw*W] in [0, 1] and its range."""
+    channels, height, width = features.shape
+    if packing.kind == "pca":
+        centred = features - packing.mean[scale][:, None, None]
+        features = torch.einsum("kc,chw->khw", packing.basis[scale], centred)
+        peak = _float16_above(features.abs().max().item())
+        value_range = Range(-peak, peak)  # symmetric: a feature at its mean is 0.5 in every plane
+    else:
+        value_range = Range(-_float16_above(-features.min().item()), _float16_above(features.max().item()))
+    c = packing.plane_channels
+    rows, columns = grid(-(-channels // c))
+    span = value_range.high - value_range.low or 1.0
+    plane = features.new_zeros(c * rows * columns, height, width)
+    plane[:channels] = (features - value_range.low) / span
+    plane = plane.view(rows, columns, c, height, width).permute(2, 0, 3, 1, 4)
+    return plane.reshape(c, rows * height, columns * width), value_range
+
+
+def unpack(plane: Tensor, value_range: Range, scale: str, channels: int, packing: Packing) -> Tensor:
+    """Inverse of `pack`: plane [c, gh*H, gw*W] -> features [C, H, W]."""
+    c = packing.plane_channels
+    rows, columns = grid(-(-channels // c))
+    height, width = plane.shape[1] // rows, plane.shape[2] // columns
+    tiles = plane.view(c, rows, height, columns, width).permute(1, 3, 0, 2, 4).reshape(-1, height, width)
+    span = value_range.high - value_range.low or 1.0
+    features = tiles[:channels] * span + value_range.low
+    if packing.kind == "pca":
+        rotated = torch.einsum("kc,khw->chw", packing.basis[scale], features)
+        features = rotated + packing.mean[scale][:, None, None]
+    return features
+
+
+def plane_shape(channels: int, height: int, width: int, packing: Packing) -> tuple[int, int, int]:
+    """Shape of the plane of a feature map [C, H, W]: what the receiver derives instead of being told."""
+    rows, columns = grid(-(-channels // packing.plane_channels))
+    return packing.plane_channels, rows * height, columns * width
+
+
+def _float16_above(value: float) -> float:
+    """The smallest float16 that is at least `value`: the range must hold every feature."""
+    rounded = torch.tensor(value, dtype=torch.float16)
+    if rounded.item() < value:
+        rounded = torch.nextafter(rounded, torch.tensor(torch.inf, dtype=torch.float16))
+    return rounded.item()

@@ -1,0 +1,335 @@
+"""Points and resamples of the cells -> BD-rates, metrics, and the tables of the results in Markdown and LaTeX.
+
+The LaTeX needs the package booktabs only.
+"""
+
+import re
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from tabulate import tabulate
+
+from stages.lib.bd_rate import GOOD_OVERLAP, GOOD_POINTS, Curve, bd_rate, interval
+from stages.lib.params import SCALES, TASKS, InputError, is_number
+
+ANCHOR, UNCODED = "uniform", "none"
+LABEL_AWARE = ("upstream_measured", "oracle")  # they need the labels of the images that are evaluated
+PAPER = {  # arXiv 2503.19278, abstract; percent
+    "elic": {"detection": -38.202, "segmentation": -17.212, "keypoints": -36.492},
+    "tcm": {"detection": -18.103, "segmentation": -19.866, "keypoints": -19.597},
+}
+BD_RATE = [
+    "task",
+    "codec",
+    "method",
+    "anchor",
+    "bd_rate_pchip",
+    "bd_rate_akima",
+    "ci_low",
+    "ci_high",
+    "overlap",
+    "n_points",
+    "flags",
+]
+NOT_AVAILABLE = "n/a"
+RESAMPLES_FAILED = "resamples_failed"
+NO_BD_RATE = "no BD-rate: "
+REASONS = {  # flag -> what its footnote says
+    "dropped": "without point {detail}, not monotone",
+    "anchor_dropped": f"without point {{detail}} of {ANCHOR}, not monotone",
+    f"points<{GOOD_POINTS}": f"fewer than {GOOD_POINTS} points on one of the curves",
+    f"overlap<{GOOD_OVERLAP}": f"the curves share only {{overlap:.0%}} of the accuracies of {ANCHOR}",
+    "too few points": f"{NO_BD_RATE}fewer than two points of rising accuracy on one of the curves",
+    "no overlap": f"{NO_BD_RATE}the curves share no accuracy",
+    RESAMPLES_FAILED: "{detail} of the resamples gave no BD-rate",
+}
+
+
+class Table(NamedTuple):
+    title: str
+    headers: list[str]
+    rows: list[list[str]]
+    notes: list[str]  # below the table; cells refer to the n-th as (n)
+
+
+def resampled(resamples: pd.DataFrame, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """bootstrap.csv of one cell -> bits per image [B, P] and accuracy [B, P] of one method, both in rising order."""
+    rows = resamples[resamples["method"] == method]
+    bits, accuracy = (rows.pivot(index="resample", columns="point", values=v) for v in ("bits_per_image", "accuracy"))
+    return bits.to_numpy(float), accuracy.to_numpy(float)
+
+
+def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
+    """points.csv and bootstrap.csv of one cell -> its rows of bd_rate.csv: every method against the anchor.
+
+    Resample r of the method and of the anchor have the same images, so their noise cancels in the interval.
+    """
+    curves = {
+        method: Curve(rows["bits_per_image"].to_numpy(), rows["accuracy"].to_numpy())
+        for method, rows in points.sort_values("point", kind="stable").groupby("method", sort=False)
+    }
+    anchor, anchor_resamples = curves[ANCHOR], resampled(resamples, ANCHOR)
+    task, codec = points[["task", "codec"]].iloc[0]
+    rows = []
+    for method in points["method"].unique():
+        if method in (ANCHOR, UNCODED):
+            continue
+        found = bd_rate(anchor, curves[method])
+        low, high, failed = interval(*anchor_resamples, *resampled(resamples, method))
+        flags = found.flags + ([f"{RESAMPLES_FAILED}:{failed:.0%}"] if failed else [])
+        if flags:
+            warnings.warn(f"BD-rate of {method}, {task}, {codec} is doubtful: {'; '.join(flags)}", stacklevel=2)
+        rows.append(
+            {
+                "task": task,
+                "codec": codec,
+                "method": method,
+                "anchor": ANCHOR,
+                "bd_rate_pchip": found.pchip,
+                "bd_rate_akima": found.akima,
+                "ci_low": low,
+                "ci_high": high,
+                "overlap": found.overlap,
+                "n_points": found.n_points,
+                "flags": "; ".join(flags),
+            }
+        )
+    return pd.DataFrame(rows, columns=BD_RATE)
+
+
+def check_cell(points: pd.DataFrame, resamples: pd.DataFrame, folder: str) -> None:
+    """Every method's points are 0 .. P-1 and each has all resamples; raises InputError that names the folder."""
+    remedy = "run evaluate again"
+    for method, rows in points.groupby("method", sort=False):
+        if sorted(rows["point"]) != list(range(len(rows))):
+            raise InputError(f"{folder}/points.csv: the points of {method!r} are not 0, 1, 2, ..., each once; {remedy}")
+    for method, wanted in ((ANCHOR, "the anchor"), (UNCODED, "the uncoded accuracy")):
+        if not (points["method"] == method).any():
+            raise InputError(f"{folder}/points.csv has no rows of {method!r}, {wanted}; {remedy}")
+    coded = points.loc[points["method"] != UNCODED, ["method", "point"]]
+    wanted = coded.merge(pd.Series(resamples["resample"].unique(), name="resample"), how="cross")
+    there = resamples.loc[resamples["method"] != UNCODED, list(wanted)]
+    odd = pd.MultiIndex.from_frame(wanted).symmetric_difference(pd.MultiIndex.from_frame(there))
+    if len(odd) or len(wanted) != len(there):
+        named = f", first {odd[0]}" if len(odd) else ""
+        raise InputError(f"{folder}/bootstrap.csv: not every method, point has each resample once{named}; {remedy}")
+
+
+def metrics(points: pd.DataFrame, bd: pd.DataFrame) -> dict:
+    """rd_points and bd_rate -> {task: {codec: {uncoded_accuracy, ..., <method>: {bd_rate, ci_low, ci_high}}}}."""
+    out: dict = {}
+    for (task, codec), rows in points.groupby(["task", "codec"], sort=False):
+        found = {name: _or_null(value) for name, value in _uncoded(rows)._asdict().items()}
+        for row in bd[(bd["task"] == task) & (bd["codec"] == codec)].itertuples():
+            numbers = {"bd_rate": row.bd_rate_pchip, "ci_low": row.ci_low, "ci_high": row.ci_high}
+            found[row.method] = {name: _or_null(value) for name, value in numbers.items()}
+        out.setdefault(task, {})[codec] = found
+    return out
+
+
+def bd_rate_tables(
+    points: pd.DataFrame, bd: pd.DataFrame, fits: dict[tuple[str, str], dict], mfip: dict[tuple[str, str], dict]
+) -> list[Table]:
+    """bd_rate, rd_points, and of each (task, codec) `fit_scales` and MFIP's errors -> tables of the main result."""
+    return [
+        *(_bd_rate_table(codec, rows) for codec, rows in bd.groupby("codec", sort=False)),
+        _context_table(points),
+        _fit_table(fits),
+        _mfip_table(mfip),
+        _paper_table(),
+    ]
+
+
+def rd_points_tables(points: pd.DataFrame) -> list[Table]:
+    """rd_points -> one table for each task and codec: a row per method, a column per operating point."""
+    tables = []
+    for (task, codec), rows in points.groupby(["task", "codec"], sort=False):
+        coded, uncoded = rows[rows["method"] != UNCODED], rows[rows["method"] == UNCODED].iloc[0]
+        cells = {
+            (r.method, r.point): f"{_number(r.accuracy, '.3f')} @ {r.bits_per_image:,.0f}" for r in coded.itertuples()
+        }
+        numbers = sorted(coded["point"].unique())
+        tables.append(
+            Table(
+                f"{uncoded['accuracy_name']} @ bits per image: {task}, {codec}, {uncoded['n_images']} images of "
+                f"{uncoded['split']}",
+                ["method", *(f"point {n}" for n in numbers)],
+                [[_named(m), *(cells.get((m, n), "") for n in numbers)] for m in coded["method"].unique()],
+                [f"Uncoded: {_number(uncoded['accuracy'], '.3f')}. {_label_aware_note()}"],
+            )
+        )
+    return tables
+
+
+def markdown(tables: list[Table]) -> str:
+    blocks = []
+    for table in tables:
+        grid = tabulate(table.rows, table.headers, "pipe", disable_numparse=True, colalign=_align(table))
+        blocks += [f"**{table.title}**", grid, *table.notes]
+    return "\n\n".join(blocks) + "\n"
+
+
+def latex(tables: list[Table], label: str) -> str:
+    """Floats of full text width, labelled tab:<label>-1, -2, ..."""
+    blocks = []
+    for number, table in enumerate(tables, 1):
+        grid = tabulate(table.rows, table.headers, "latex_booktabs", disable_numparse=True, colalign=_align(table))
+        blocks.append(
+            "\n".join(
+                [
+                    r"\begin{table*}",
+                    r"\centering",
+                    rf"\caption{{{_tex(table.title)}}}",
+                    rf"\label{{tab:{label}-{number}}}",
+                    r"\footnotesize",
+                    r"\setlength{\tabcolsep}{3pt}",
+                    _minus(grid),
+                    *(rf"\par\smallskip {_tex(note)}" for note in table.notes),
+                    r"\end{table*}",
+                ]
+            )
+        )
+    return "% needs \\usepackage{booktabs}\n" + "\n\n".join(blocks) + "\n"
+
+
+class _Uncoded(NamedTuple):
+    uncoded_accuracy: float
+    n_images: int
+    uniform_bits_per_image_low: float
+    uniform_bits_per_image_high: float
+    uniform_share_of_uncoded_low: float  # accuracy / uncoded accuracy at the point of the fewest bits
+    uniform_share_of_uncoded_high: float
+
+
+def _uncoded(rows: pd.DataFrame) -> _Uncoded:
+    uncoded = rows[rows["method"] == UNCODED].iloc[0]
+    anchor = rows[rows["method"] == ANCHOR].sort_values("bits_per_image", kind="stable")
+    share = anchor["accuracy"] / uncoded["accuracy"] if uncoded["accuracy"] > 0 else anchor["accuracy"] * np.nan
+    ends = [0, -1]
+    return _Uncoded(
+        float(uncoded["accuracy"]),
+        int(uncoded["n_images"]),
+        *map(float, anchor["bits_per_image"].iloc[ends]),
+        *map(float, share.iloc[ends]),
+    )
+
+
+def _bd_rate_table(codec: str, bd: pd.DataFrame) -> Table:
+    tasks = [task for task in TASKS if task in set(bd["task"])]
+    notes: dict[str, int] = {}  # note -> its number
+    rows = []
+    for method in bd["method"].unique():
+        cells = []
+        for task in tasks:
+            found = bd[(bd["method"] == method) & (bd["task"] == task)]
+            cells.append(_bd_cell(found.iloc[0], notes) if len(found) else "")
+        rows.append([_named(method), *cells])
+    doubtful = [f"({number}) Doubtful: {note}" for note, number in notes.items()]
+    title = f"BD-rate against {ANCHOR}, codec {codec}: percent of the bits at equal accuracy, negative is a saving"
+    about = "In brackets the 95 % interval of a bootstrap over the images, method and anchor resampled together."
+    return Table(title, ["method", *tasks], rows, [*doubtful, f"{about} {_label_aware_note()}"])
+
+
+def _bd_cell(row: pd.Series, notes: dict[str, int]) -> str:
+    reasons = []
+    for flag in filter(None, row["flags"].split("; ")):
+        name, _, detail = flag.partition(":")
+        reasons.append(REASONS[name].format(detail=detail.replace(" ", ", "), overlap=row["overlap"]))
+    available = not np.isnan(row["bd_rate_pchip"])
+    if not available:
+        reasons = [reason for reason in reasons if reason.startswith(NO_BD_RATE)]  # the others follow from it
+    mark = ""
+    if reasons:
+        note = f"{row['method']}, {row['task']}" if available else row["task"]
+        note += f": {'; '.join(reasons)}."
+        mark = f" ({notes.setdefault(note, len(notes) + 1)})"
+    if not available:
+        return NOT_AVAILABLE + mark
+    return f"{row['bd_rate_pchip']:.1f} [{_number(row['ci_low'], '.1f')}, {_number(row['ci_high'], '.1f')}]{mark}"
+
+
+def _context_table(points: pd.DataFrame) -> Table:
+    rows = []
+    for (task, codec), of_cell in points.groupby(["task", "codec"], sort=False):
+        found = _uncoded(of_cell)
+        rows.append(
+            [
+                f"{task}, {codec}",
+                of_cell["accuracy_name"].iloc[0],
+                _number(found.uncoded_accuracy, ".3f"),
+                str(found.n_images),
+                f"{found.uniform_bits_per_image_low:,.0f} to {found.uniform_bits_per_image_high:,.0f}",
+                f"{_number(found.uniform_share_of_uncoded_low, '.0%')} to "
+                f"{_number(found.uniform_share_of_uncoded_high, '.0%')}",
+            ]
+        )
+    headers = ["", "accuracy", "uncoded", "images", f"bits per image, {ANCHOR}", f"share of uncoded, {ANCHOR}"]
+    return Table(
+        f"The range that the comparison covers, from the lowest to the highest quality of {ANCHOR}", headers, rows, []
+    )
+
+
+def _fit_table(fits: dict[tuple[str, str], dict]) -> Table:
+    rows = [
+        [f"{task}, {codec}", *(_fit_cell(fit["power"][scale]) for scale in SCALES)]
+        for (task, codec), fit in fits.items()
+    ]
+    title = "Loss-rate model behind mfiba: held-out r2 of the drop on fit, for each scale"
+    return Table(title, ["", *SCALES], rows, ["An r2 below 0 predicts held-out drops worse than their mean does."])
+
+
+def _fit_cell(power: dict) -> str:
+    return " ".join([_number(np.nan if power["r2"] is None else power["r2"], ".2f"), *power["flags"]])
+
+
+def _mfip_table(mfip: dict[tuple[str, str], dict]) -> Table:
+    """The numbers that train_mfip reports, under its names."""
+    names = [name for name, value in next(iter(mfip.values())).items() if is_number(value)]
+    rows = [
+        [f"{task}, {codec}", *(f"{found[name]:.4g}" for name in names), " ".join(found.get("flags", []))]
+        for (task, codec), found in mfip.items()
+    ]
+    note = "Where the constant mean weight does as well, the predicted weights say nothing about the image."
+    return Table("MFIP: error of the predicted weights on held-out images of fit", ["", *names, "flags"], rows, [note])
+
+
+def _paper_table() -> Table:
+    rows = [[f"{codec}, paper", *(f"{numbers[task]:.1f}" for task in TASKS)] for codec, numbers in PAPER.items()]
+    return Table(
+        "For orientation: BD-rates that the MFIBA paper reports",
+        ["", *TASKS],
+        rows,
+        ["From arXiv 2503.19278: other data (COCO 2017 val) and other models (ResNet-50). Not comparable one to one."],
+    )
+
+
+def _named(method: str) -> str:
+    return f"{method} *" if method in LABEL_AWARE else method
+
+
+def _label_aware_note() -> str:
+    return "* uses the labels of the evaluated images: no sender can do that."
+
+
+def _number(value: float, spec: str) -> str:
+    return NOT_AVAILABLE if np.isnan(value) else format(value, spec)
+
+
+def _or_null(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if np.isnan(value) else value
+
+
+def _align(table: Table) -> list[str]:
+    return ["left"] + ["right"] * (len(table.headers) - 1)
+
+
+def _tex(text: str) -> str:
+    return _minus(re.sub(r"[&%$#_{}]", r"\\\g<0>", text))
+
+
+def _minus(tex: str) -> str:
+    """A minus sign, which is longer than a hyphen."""
+    return re.sub(r"(?<!\w)-(?=\d)", "$-$", tex)

@@ -1,0 +1,62 @@
+"""Features of `train` -> packing and trained codec, its loss curve and its rate-distortion beside JPEG's."""
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from stages.lib import codec_training
+from stages.lib.coding import FeatureCodec, build_codec, load_codec, save_codec
+from stages.lib.features import Features
+from stages.lib.files import write_csv
+from stages.lib.models import load_weights, read_checkpoint
+from stages.lib.params import InputError, entry, load_params
+from stages.lib.planes import Packing
+
+SHOWN = 24  # images behind the rate-distortion curves
+CONFIG = ("packing", "N", "M", "groups", "lambda_range", "gains")
+
+
+def main(features: Path, model: str, name: str, out: Path, reports: Path) -> None:
+    params = load_params()
+    wanted = params["codecs"][name]
+    config = {key: wanted[key] for key in CONFIG}
+    data = Features(features, "train")
+    channels = len(data.scale(data.image_ids[0], "0"))
+    torch.manual_seed(params["seed"])
+    codec = build_codec(config)
+    if wanted["init"]:
+        start = read_checkpoint(Path(wanted["init"]))
+        for key in CONFIG:
+            if start["config"][key] != config[key]:
+                raise InputError(
+                    f"params.yaml: codecs.{name}.{key} is {config[key]!r}, the weights {wanted['init']} were "
+                    f"trained with {start['config'][key]!r}: use that, or init: null"
+                )
+        if start["channels"] != channels:
+            raise InputError(
+                f"{wanted['init']}: made for pyramids of {start['channels']} channels, {model} has {channels}; "
+                "use init: null"
+            )
+        load_weights(codec, codec.state_dict() | start["state"], wanted["init"])
+        packing = Packing(**start["packing"])
+    else:
+        packing = codec_training.fit_packing(data, config["packing"])
+        if config["packing"] == "pca" and config["N"] >= 64 and config["M"] >= 256:
+            codec.haar_start()
+    log = []
+    if wanted["steps"]:
+        log = codec_training.train(
+            codec, data, packing, wanted["steps"], wanted["batch"], wanted["crop"], wanted["lr"], params["seed"]
+        )
+    save_codec(out, FeatureCodec(codec, packing, channels), config)
+    write_csv(reports / "loss.csv", pd.DataFrame(log, columns=["step", "loss", "bpp_plane", "mse"]))
+    fit = Features(features, "fit")
+    curves = codec_training.rate_distortion(
+        fit, fit.image_ids[:SHOWN], load_codec(out), params["lambdas"], name
+    )
+    write_csv(reports / "rate_distortion.csv", curves)
+
+
+if __name__ == "__main__":
+    entry(main)

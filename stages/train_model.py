@@ -1,0 +1,39 @@
+"""Images and annotations of `train` -> detector; or given weights, checked and brought into the project's form."""
+
+from pathlib import Path
+
+import torch
+from torchvision.models import get_model_weights
+
+from stages.lib.coco import ground_truth, load_split
+from stages.lib.detector_training import DetectionDataset, train
+from stages.lib.models import build, load_weights, read_checkpoint, save_model
+from stages.lib.params import entry, load_params
+
+
+def main(splits: Path, name: str, out: Path) -> None:
+    params = load_params()
+    model = params["models"][name]
+    part = load_split(splits, "train")
+    instances = ground_truth(part, "detection")
+    keypoints = ground_truth(part, "keypoints") if "keypoints" in model["tasks"] else None
+    data = DetectionDataset(instances, keypoints, part.image_ids, part.images, "segmentation" in model["tasks"])
+    num_classes, num_keypoints = max(instances.cats) + 1, data.num_keypoints
+    if model["architecture"].startswith("keypoint"):
+        num_classes = 2  # torchvision's keypoint model knows persons only, category 1
+    torch.manual_seed(params["seed"])
+    network = build(model, num_classes, num_keypoints)
+    weights, downloaded = model["weights"], False
+    if weights and not Path(weights).suffix:  # a name such as COCO_V1; torchvision checks its own hash
+        state = get_model_weights(model["architecture"])[weights].get_state_dict(progress=True, check_hash=True)
+        load_weights(network, state, weights)
+        downloaded = True
+    elif weights:
+        load_weights(network, read_checkpoint(Path(weights))["state"], weights)
+    if model["steps"]:
+        train(network, data, model["steps"], model["batch"], model["lr"], params["seed"])
+    save_model(out, network, num_classes, num_keypoints, half=not downloaded)
+
+
+if __name__ == "__main__":
+    entry(main)

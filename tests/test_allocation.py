@@ -1,0 +1,290 @@
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from pytest import approx
+from scipy.optimize import minimize
+
+from stages import allocate as allocate_stage
+from stages import fit_loss_rate
+from stages.lib import allocation
+from stages.lib.allocation import allocate, closed_form, mfiba, operating_points, oracle, rate_targets, static, upstream
+from stages.lib.files import read_csv, write_csv
+from stages.lib.loss_rate import Curves, fit_scales
+from stages.lib.params import SCALES, InputError
+
+N, K = 12, 4
+METHODS = ["uniform", "static", "upstream_predicted", "mfiba", "upstream_measured", "oracle"]
+
+
+def make_curves(seed: int, n: int = N) -> Curves:
+    rng = np.random.default_rng(seed)
+    pixels = np.tile([4096.0, 1024, 256, 64, 16], (n, 1))
+    rate = np.cumsum(rng.uniform(0.1, 0.6, (n, 5, K)), 2) + 0.05
+    sensitivity = rng.dirichlet(np.ones(5), n)[:, :, None]
+    drop = 0.2 * sensitivity * rate**-0.7 + rng.normal(0, 0.01, rate.shape)
+    clean = rng.uniform(0.2, 0.9, n)
+    drop[1], clean[1] = np.nan, np.nan
+    drop[2], clean[2] = 0, 0
+    bits = np.round(rate * pixels[:, :, None]) + 1
+    return Curves(np.arange(n) * 3 + 5, drop, clean, bits, pixels, 1e-3 * rate**-0.8)
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    return make_curves(0)
+
+
+@pytest.fixture(scope="module")
+def fit():
+    return fit_scales(make_curves(1, 40))
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return np.random.default_rng(3).dirichlet(np.ones(5), N)
+
+
+def test_equal_weights_and_models_give_equal_rates():
+    rate = closed_form(np.full((2, 5), 0.2), np.full(5, 0.1), np.full(5, -0.7), np.ones((2, 5)), 1e-3)
+    assert rate == approx(rate[0, 0])
+
+
+def test_all_scales_lose_the_same_per_bit():
+    rng = np.random.default_rng(0)
+    weights, rho = rng.dirichlet(np.ones(5), 6), 4.0 ** -np.arange(5) * np.ones((6, 1))
+    alpha, beta, lambda_prime = rng.uniform(0.01, 1, 5), rng.uniform(-2, -0.1, 5), 3e-3
+    rate = closed_form(weights, alpha, beta, rho, lambda_prime)
+    slope = weights * alpha * beta * rate ** (beta - 1) / rho  # drop per bit per pixel of scale 0
+    assert slope == approx(-lambda_prime * np.ones((6, 5)))
+
+
+def test_closed_form_is_the_minimum():
+    rng = np.random.default_rng(1)
+    weights, rho = rng.dirichlet(np.ones(5), 1), 4.0 ** -np.arange(5)[None]
+    alpha, beta, lambda_prime = rng.uniform(0.1, 1, 5), rng.uniform(-1.5, -0.3, 5), 0.05
+
+    def cost(log_rate):
+        rate = np.exp(log_rate)
+        return (weights[0] * alpha * rate**beta + lambda_prime * rho[0] * rate).sum()
+
+    found = minimize(cost, np.zeros(5), method="BFGS", options={"gtol": 1e-9})
+    assert closed_form(weights, alpha, beta, rho, lambda_prime)[0] == approx(np.exp(found.x), rel=1e-4)
+
+
+def test_no_weight_means_no_rate():
+    rate = closed_form(np.array([[0, 0.25, 0.25, 0.25, 0.25]]), np.ones(5), -np.ones(5), np.ones((1, 5)), 1.0)
+    assert rate[0, 0] == 0 and (rate[0, 1:] > 0).all()
+
+
+def test_mfiba_rounds_the_inverted_rate_to_a_precoded_quality():
+    # alpha = 1, beta = -1, rho = 1, lambda' = 0.01 -> R = sqrt(w / 0.01) = 10 sqrt(w); phi = (R - 1) / 2
+    weights = np.array([[0.64, 0.25, 0.09, 0.02, 0.0]])
+    one = np.ones(5)
+    phi = mfiba(weights, one, -one, np.ones((1, 5)), 2 * one, one, 4, 0.01)
+    assert phi.tolist() == [[3, 2, 1, 0, 0]]  # 3.5 clipped, 2, 1, 0.21, -0.5 clipped
+
+
+def test_mfiba_with_a_rate_that_does_not_rise_stays_in_range(weights):
+    slope = np.array([0.0, -0.1, 0.2, 0.2, 0.2])
+    phi = mfiba(weights, np.ones(5), -np.ones(5), np.ones((N, 5)), slope, 0.1 * np.ones(5), K, 0.1)
+    assert np.isin(phi, np.arange(K)).all()
+
+
+@pytest.mark.parametrize("lambda_prime", [1e-9, 1e-5, 1e-4, 1e-3, 1.0])
+def test_static_is_the_best_of_all_fixed_vectors(lambda_prime):
+    rng = np.random.default_rng(4)
+    drop, bits = rng.normal(0.1, 0.1, (5, 3)), np.sort(rng.uniform(10, 1000, (5, 3)))
+    best = min(
+        product(range(3), repeat=5), key=lambda v: sum(drop[s, q] + lambda_prime * bits[s, q] for s, q in enumerate(v))
+    )
+    assert static(drop, bits, lambda_prime).tolist() == list(best)
+
+
+def test_oracle_takes_the_fewest_bits_of_ties_and_the_lowest_without_label():
+    drop = np.zeros((2, 5, 3))
+    drop[0, 0] = [0.3, 0.1, 0.1]
+    drop[0, 1] = [0.3, 0.2, 0.1]
+    drop[0, 2] = [0.1, 0.2, 0.3]  # coding better makes it worse
+    drop[1] = np.nan
+    bits = np.tile([10.0, 20.0, 30.0], (2, 5, 1))
+    bits[0, 3] = [20, 10, 30]  # quality 1 is the cheapest of equals
+    assert oracle(drop, bits, 1e-30).tolist() == [[1, 2, 0, 1, 0], [0] * 5]
+    assert oracle(drop, bits, 1e30).tolist() == [[0, 0, 0, 1, 0], [0] * 5]
+    assert oracle(drop, bits, 0.015).tolist() == [[1, 0, 0, 1, 0], [0] * 5]
+
+
+def test_upstream_weights_of_a_small_example():
+    drop = np.zeros((4, 5, 2))
+    drop[:, 0] = [0.5, 0.009]  # the second is below the noise floor: all scales equal, 1 each
+    drop[:, 1] = [0.25, -0.2]
+    drop[3] = np.nan
+    clean = np.array([0.6, 0.0, -1.0, np.nan])
+    weights = allocation.upstream_weights(drop, clean)
+    assert weights[0] == approx(np.array([2, 1.5, 1, 1, 1]) / 6.5)
+    assert np.isnan(weights[1:]).all()
+
+
+def test_upstream_of_a_small_example():
+    # b = -1: t = sqrt(w * a * divisor / lam), with w * a / lam = 1 here: 1, 2, 4, 7.75, 7.75
+    weights = np.array([[0.25] * 5, [0.25, 0.25, 0.25, 0.25, 0.0], [np.nan] * 5])
+    bpp_plane = np.tile([0.5, 1.5, 3.0, 7.6, 8.0], (3, 5, 1))
+    phi = upstream(weights, np.full(5, 4.0), -np.ones(5), bpp_plane, 1.0)
+    # |0.5 - 1| = |1.5 - 1|: the first of the two; a weight of 0 counts as 1e-8, t = 0.0015
+    assert phi.tolist() == [[0, 1, 2, 3, 3], [0, 1, 2, 3, 0], [0] * 5]
+
+
+def test_upstream_against_plain_loops(evaluated, fit):
+    n_scales, divisor, lam = 5, [1, 4, 16, 60, 60], 30.0
+    expected = []
+    for n in range(N):
+        base, drop = evaluated.clean[n], evaluated.drop[n]
+        if not base > 0:
+            expected.append([0] * n_scales)
+            continue
+        score = [0.0] * n_scales
+        for q in range(K):
+            d = [0.0 if drop[s][q] < 0.01 else drop[s][q] for s in range(n_scales)]
+            for s in range(n_scales):
+                score[s] += 1.0 if max(d) == min(d) else (d[s] - min(d)) / (max(d) - min(d))
+        row = []
+        for s, scale in enumerate(SCALES):
+            w = max(score[s] / sum(score), 1e-8)
+            a, b = fit["upstream"][scale]["a"], fit["upstream"][scale]["b"]
+            t = (lam / divisor[s] / (w * a * -b)) ** (1 / (b - 1))
+            distance = [abs(evaluated.bits[n, s, q] / evaluated.pixels[n, s] - t) for q in range(K)]
+            row.append(distance.index(min(distance)))
+        expected.append(row)
+    choose = allocation.label_aware(*evaluated[1:5], fit)["upstream_measured"]
+    assert choose(lam).tolist() == expected
+    assert len({phi for row in expected for phi in row}) > 2
+
+
+def test_upstream_at_no_price_takes_the_highest_quality_and_at_any_price_the_lowest(evaluated, fit, weights):
+    a, b = allocation.column(fit, "upstream", "a"), allocation.column(fit, "upstream", "b")
+    assert (upstream(weights, a, b, evaluated.bpp_plane, 1e-30) == K - 1).all()
+    assert (upstream(weights, a, b, evaluated.bpp_plane, 1e30) == 0).all()
+
+
+def test_targets_span_uniform_lowest_to_highest(evaluated):
+    targets = rate_targets(evaluated.bits, 5)
+    assert targets[[0, -1]] == approx(evaluated.bits.sum(1).mean(0)[[0, -1]])
+    assert np.diff(np.log(targets)) == approx(np.log(targets[-1] / targets[0]) / 4)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_points_are_the_most_bits_not_above_the_target(evaluated, fit, weights, size):
+    choose = allocation.label_free(evaluated.bits, evaluated.pixels, fit, weights)["mfiba"]
+    targets = rate_targets(evaluated.bits, 6)
+    found = operating_points(lambda lambda_prime: choose(lambda_prime / size), evaluated.bits, targets)
+    reached = [allocation.mean_bits_per_image(point.phi, evaluated.bits) for point in found]
+    tried = [
+        allocation.mean_bits_per_image(choose(lambda_prime), evaluated.bits)
+        for lambda_prime in 10.0 ** np.arange(-15, 5, 0.005)
+    ]
+    assert len(reached) == len(targets)
+    for bits, target in zip(reached, targets * (1 + 1e-9), strict=True):
+        assert max(other for other in tried if other <= target) <= bits <= target
+    assert [0.0] * 5 in found[0].phi.tolist() and (found[-1].phi == K - 1).all()
+
+
+def test_a_method_that_saturates_gives_its_nearest_end_once(evaluated):
+    bits = evaluated.bits
+    middle = lambda lambda_prime: np.full((N, 5), 1.0 if lambda_prime > 7e-4 else 2.0)  # noqa: E731
+    found = operating_points(middle, bits, rate_targets(bits, 8))
+    assert [point.phi[0, 0] for point in found] == [1, 2]
+    assert found[0].lambda_prime > 7e-4 >= found[1].lambda_prime
+
+
+@pytest.fixture(scope="module")
+def table(evaluated, fit, weights):
+    return allocate(evaluated, fit, weights, 6)
+
+
+def test_every_method_gives_every_image_and_scale_a_precoded_quality(table, evaluated):
+    assert list(table.columns) == ["method", "point", "lambda_prime", "image_id", "scale", "phi"]
+    assert list(dict.fromkeys(table["method"])) == METHODS
+    assert table["phi"].isin(range(K)).all()
+    for _, rows in table.groupby(["method", "point"]):
+        assert rows["image_id"].tolist() == np.repeat(evaluated.image_ids, 5).tolist()
+        assert rows["scale"].tolist() == list(SCALES) * N
+        assert rows["lambda_prime"].nunique(dropna=False) == 1
+
+
+def test_points_count_from_zero_in_rising_bits_and_differ(table, evaluated):
+    for method, rows in table.groupby("method"):
+        tables = [points["phi"].to_numpy().reshape(N, 5) for _, points in rows.groupby("point")]
+        bits = [allocation.mean_bits_per_image(phi, evaluated.bits) for phi in tables]
+        assert rows["point"].unique().tolist() == list(range(len(tables)))
+        assert bits == sorted(bits) and len({phi.tobytes() for phi in tables}) == len(tables)
+        assert len(tables) >= 3, method
+
+
+def test_uniform_is_one_quality_per_point(table):
+    rows = table[table["method"] == "uniform"]
+    assert (rows["phi"] == rows["point"]).all() and rows["lambda_prime"].isna().all()
+
+
+def rows_of(table, method):
+    return table[table["method"] == method].reset_index(drop=True)
+
+
+def test_only_label_aware_methods_see_the_drops_of_test(evaluated, fit, weights, table):
+    order = np.random.default_rng(0).permutation(N)
+    shuffled = evaluated._replace(drop=evaluated.drop[order], clean=evaluated.clean[order])
+    other = allocate(shuffled, fit, weights, 6)
+    assert [m for m in METHODS if not rows_of(table, m).equals(rows_of(other, m))] == ["upstream_measured", "oracle"]
+
+
+def test_predicted_weights_reach_only_the_methods_that_predict(evaluated, fit, weights, table):
+    other = allocate(evaluated, fit, weights[::-1], 6)
+    assert [m for m in METHODS if not rows_of(table, m).equals(rows_of(other, m))] == ["upstream_predicted", "mfiba"]
+
+
+def test_a_loss_rate_model_of_other_qualities_is_refused(evaluated, fit, weights):
+    short = evaluated._replace(drop=evaluated.drop[:, :, 1:], bits=evaluated.bits[:, :, 1:])
+    with pytest.raises(InputError, match="4 qualities, the coded images 3"):
+        allocate(short, fit, weights, 6)
+
+
+def test_weights_are_read_by_image_and_scale(tmp_path, weights):
+    ids = np.arange(N) + 1
+    frame = pd.DataFrame(
+        {"image_id": np.repeat(ids, 5), "split": "test", "scale": list(SCALES) * N, "weight": weights.ravel()}
+    )
+    other = frame.assign(split="fit", weight=0.2)
+    file = tmp_path / "mfip.csv"
+    write_csv(file, pd.concat([other, frame.sample(frac=1, random_state=0)]))
+    assert (allocation.read_weights(file, "test", ids) == weights).all()
+    with pytest.raises(InputError, match="mfip.csv"):
+        allocation.read_weights(file, "test", ids + 1)
+    write_csv(file, frame.assign(weight=-0.1))
+    with pytest.raises(InputError, match="mfip.csv.*-0.1"):
+        allocation.read_weights(file, "test", ids)
+
+
+def test_the_stages_turn_tables_into_a_table(tmp_path, monkeypatch):
+    params = Path("params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(params, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(7)
+    head = pd.DataFrame(list(product(["fit", "test"], range(10), SCALES)), columns=["split", "image_id", "scale"])
+    head["image_id"] += 10 * (head["split"] == "test")
+    for q, name in enumerate(yaml.safe_load(params)["lambdas"]):
+        rate = (q + 1) * rng.uniform(0.8, 1.2, len(head))
+        write_csv(Path("coded", f"{name}.csv"), head.assign(bits=(64 * rate).round() + 8, pixels=64, mse=0.01 / rate))
+        write_csv(
+            Path("losses", f"{name}.csv"),
+            head.assign(task="detection", clean=0.6, coded=0.6 - 0.1 / rate, drop=0.1 / rate),
+        )
+    write_csv(Path("mfip.csv"), head.assign(weight=0.2))
+    fit_loss_rate.main(Path("coded"), Path("losses"), "detection", Path("fit.json"))
+    allocate_stage.main(
+        Path("coded"), Path("losses"), Path("fit.json"), Path("mfip.csv"), "detection", Path("allocations.csv")
+    )
+    table = read_csv(Path("allocations.csv"))
+    assert list(dict.fromkeys(table["method"])) == METHODS and set(table["scale"]) == set(SCALES)
+    assert set(table["image_id"]) == set(range(10, 20))

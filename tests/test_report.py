@@ -1,0 +1,290 @@
+"""python -m stages.report on small made-up tables."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+from pytest import approx
+
+from stages import report
+from stages.lib import figures
+from stages.lib.bd_rate import Curve, bd_rate
+from stages.lib.files import read_csv, read_json, write_csv, write_json
+from stages.lib.loss_rate import Curves, fit_scales
+from stages.lib.params import SCALES, InputError
+
+ROOT = Path(__file__).parents[1]
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+RESAMPLES = 20
+UNCODED = {"detection": 0.71, "segmentation": 0.0, "keypoints": 0.55}  # segmentation: a model that finds nothing
+CELLS = ("detection", "segmentation")
+RATES = {  # method -> bits against uniform at equal accuracy
+    "uniform": 1.0,
+    "static": 0.8,
+    "upstream_predicted": 0.9,
+    "mfiba": 0.7,
+    "upstream_measured": 0.75,
+    "oracle": 0.5,
+}
+PIXELS = dict(zip(SCALES, (65536, 16384, 4096, 1024, 256), strict=True))
+
+
+def write_evaluation(folder: Path, task: str) -> None:
+    rng = np.random.default_rng(len(task))
+    points, resamples = [], []
+
+    def row(method: str, point: int, bits: float, accuracy: float) -> dict:
+        named = {"task": task, "codec": "elic", "method": method, "point": point, "n_images": 160}
+        scores = {"bits_per_image": bits, "bpp": bits / 128**2, "accuracy": accuracy, "accuracy_name": "COCO AP"}
+        return named | scores | {"split": "test"}
+
+    luck = rng.normal(1, 0.03, (RESAMPLES, 1))  # of the images that a resample draws: alike for all methods
+    points.append(row("none", 0, 0, UNCODED[task]))
+    for method, factor in RATES.items():
+        bits = np.geomspace(5e3, 9e4, 6 if method in ("uniform", "static") else 8)
+        accuracy = UNCODED[task] * (1 - 0.55 * (5e3 / bits) ** 0.9)
+        if method == "mfiba":
+            accuracy[6] *= 0.9  # not monotone
+        noise = 0 if method in ("uniform", "static") else rng.normal(0, 0.005, (RESAMPLES, len(bits)))
+        drawn = accuracy * (luck + noise)  # [resamples, points]
+        points += [row(method, point, factor * b, a) for point, (b, a) in enumerate(zip(bits, accuracy, strict=True))]
+        resamples += [
+            dict(
+                zip(
+                    report.RESAMPLES,
+                    (method, point, r, factor * bits[point] * luck[r, 0], drawn[r, point]),
+                    strict=True,
+                )
+            )
+            for point in range(len(bits))
+            for r in range(RESAMPLES)
+        ]
+    write_csv(folder / "points.csv", pd.DataFrame(points))
+    write_csv(folder / "bootstrap.csv", pd.DataFrame(resamples))
+
+
+def write_models(data: Path, task: str) -> None:
+    rng = np.random.default_rng(7)
+    n, k = 40, len(PARAMS["lambdas"])
+    pixels = np.tile(list(PIXELS.values()), (n, 1)).astype(float)
+    rate = np.geomspace(0.15, 3.5, k) * rng.uniform(0.7, 1.3, (n, 5, 1))
+    share = rng.dirichlet([4, 3, 3, 2, 1], n)[:, :, None]
+    drop = 0.2 * share * rate**-0.8 + rng.normal(0, 0.01, rate.shape)
+    drop[:, 4] = rng.normal(0, 0.01, (n, k))  # pool: nothing to model
+    curves = Curves(np.arange(n), drop, np.full(n, 0.5), np.round(rate * pixels[:, :, None]), pixels, rate**-1.0)
+    with pytest.warns(UserWarning, match="scale 'pool' is doubtful"):
+        write_json(data / "loss_rate/small/elic" / f"{task}.json", fit_scales(curves))
+    errors = {"n_validation": 8, "error": 0.021, "error_of_constant": 0.024, "flags": []}
+    write_json(data / "mfip/small/elic" / f"{task}.json", errors)
+    weights = rng.dirichlet([5, 4, 3, 3, 1], 8)
+    keys = {"split": "test", "image_id": np.repeat(np.arange(8), 5), "scale": np.tile(SCALES, 8)}
+    write_csv(data / "mfip/small/elic" / f"{task}.csv", pd.DataFrame(keys | {"weight": weights.ravel()}))
+
+
+def write_profile(folder: Path, tasks: tuple[str, ...] = CELLS, trained: bool = True) -> Path:
+    """A profile's folder after every stage but the report."""
+    params = copy.deepcopy(PARAMS)
+    params["cells"] = {f"{task}-elic": {"task": task, "model": "small", "codec": "elic"} for task in tasks}
+    folder.mkdir(parents=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    data, codec = folder / "data", folder / "reports/codecs/small/elic"
+    for task in tasks:
+        write_evaluation(data / "evaluations/small/elic" / task, task)
+        write_models(data, task)
+    coded = [{"split": "fit", "image_id": i, "scale": s, "pixels": PIXELS[s]} for i in range(2) for s in SCALES]
+    write_csv(data / "coded/small/elic/q1.csv", pd.DataFrame(coded))
+    rate_distortion = [
+        {"coder": coder, "scale": s, "quality": q, "bpp_plane": 0.1 * 2**q * gain, "psnr": 25 + 4 * q - n}
+        for n, s in enumerate(SCALES)
+        for coder, gain in (("elic", 1), ("jpeg", 1.6 + n))
+        for q in range(6)
+    ]
+    write_csv(codec / "rate_distortion.csv", pd.DataFrame(rate_distortion))
+    steps = np.arange(100, 1600, 100) if trained else np.array([], int)
+    loss = {"step": steps, "loss": 900 / (steps + 60), "bpp_plane": 0.5, "mse": 0.01}
+    write_csv(codec / "loss.csv", pd.DataFrame(loss))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks, reported from the command line."""
+    folder = write_profile(tmp_path_factory.mktemp("report") / "profile")
+    result = run(folder)
+    assert result.returncode == 0, result.stderr
+    assert "BD-rate of oracle, segmentation, elic is doubtful" in result.stderr
+    return folder
+
+
+def run(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stages.report", "data", "reports"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_tables_keep_their_contract(profile: Path) -> None:
+    points, bd = read_csv(profile / "reports/rd_points.csv"), read_csv(profile / "reports/bd_rate.csv")
+    assert ",".join(points) == "task,codec,method,point,n_images,bits_per_image,bpp,accuracy,accuracy_name,split"
+    assert ",".join(bd) == (
+        "task,codec,method,anchor,bd_rate_pchip,bd_rate_akima,ci_low,ci_high,overlap,n_points,flags"
+    )
+    for task in CELLS:
+        assert list(bd.loc[bd["task"] == task, "method"]) == [method for method in RATES if method != "uniform"]
+        read = read_csv(profile / f"data/evaluations/small/elic/{task}/points.csv")
+        pd.testing.assert_frame_equal(points[points["task"] == task].reset_index(drop=True), read)
+    assert set(bd["anchor"]) == {"uniform"}
+
+
+def test_bd_rates_follow_from_the_points(profile: Path) -> None:
+    points, bd = read_csv(profile / "reports/rd_points.csv"), read_csv(profile / "reports/bd_rate.csv")
+    curves = {
+        key: Curve(rows["bits_per_image"].to_numpy(), rows["accuracy"].to_numpy())
+        for key, rows in points.groupby(["task", "method"])
+    }
+    for row in bd.itertuples():
+        found = bd_rate(curves[row.task, "uniform"], curves[row.task, row.method])
+        assert row.bd_rate_pchip == approx(found.pchip, nan_ok=True)
+        assert row.bd_rate_akima == approx(found.akima, nan_ok=True)
+        assert (row.overlap, row.n_points) == (found.overlap, found.n_points)
+
+
+def test_a_fifth_fewer_bits_are_minus_20_percent(profile: Path) -> None:
+    bd = read_csv(profile / "reports/bd_rate.csv").set_index(["task", "method"])
+    row = bd.loc["detection", "static"]
+    # Paired: the resamples scatter by 3 % in bits and accuracy, the method and the anchor alike.
+    assert [row[name] for name in ("bd_rate_pchip", "bd_rate_akima", "ci_low", "ci_high")] == approx([-20] * 4)
+    assert row["overlap"] == 1 and row["n_points"] == 6 and pd.isna(row["flags"])
+    mfiba = bd.loc["detection", "mfiba"]
+    assert mfiba["ci_low"] < mfiba["bd_rate_pchip"] < mfiba["ci_high"]
+    assert mfiba["flags"] == "dropped:6" and mfiba["n_points"] == 7
+
+
+def test_a_model_that_finds_nothing_is_reported_as_such(profile: Path) -> None:
+    bd = read_csv(profile / "reports/bd_rate.csv")
+    rows = bd[bd["task"] == "segmentation"]
+    assert rows[["bd_rate_pchip", "bd_rate_akima", "ci_low", "ci_high"]].isna().all(axis=None)
+    assert rows["flags"].str.contains("too few points; resamples_failed:100%").all()
+    text = (profile / "reports/tables/bd_rate.md").read_text()
+    assert "| n/a (1) |" in text and "(1) Doubtful: segmentation: no BD-rate: fewer than two points" in text
+
+
+def test_metrics_hold_the_headline_without_nan(profile: Path) -> None:
+    text = (profile / "reports/metrics.json").read_text()
+    assert "NaN" not in text
+    metrics = read_json(profile / "reports/metrics.json")
+    assert metrics["detection"]["elic"]["static"] == approx({"bd_rate": -20, "ci_low": -20, "ci_high": -20})
+    assert metrics["detection"]["elic"]["uncoded_accuracy"] == 0.71
+    assert metrics["detection"]["elic"]["uniform_share_of_uncoded_low"] == approx(0.45)
+    assert metrics["segmentation"]["elic"]["mfiba"] == {"bd_rate": None, "ci_low": None, "ci_high": None}
+
+
+def test_markdown_shows_the_result_and_what_weakens_it(profile: Path) -> None:
+    text = (profile / "reports/tables/bd_rate.md").read_text()
+    assert re.search(r"\| static +\| +-20\.0 \[-20\.0, -20\.0\] \|", text)
+    assert "mfiba, detection: without point 6, not monotone." in text
+    assert "| oracle * " in text and "* uses the labels of the evaluated images" in text
+    assert "-38.2" in text and "other data (COCO 2017 val) and other models (ResNet-50)" in text
+    assert "45% to 96%" in text and "beta_at_bound" in text and "error_of_constant" in text
+    assert "0.710" in (profile / "reports/tables/rd_points.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["bd_rate", "rd_points"])
+def test_latex_is_well_formed(profile: Path, name: str) -> None:
+    text = (profile / f"reports/tables/{name}.tex").read_text()
+    opened = []
+    for command, environment in re.findall(r"\\(begin|end)\{([a-z]+\*?)\}", text):
+        if command == "begin":
+            opened.append(environment)
+        else:
+            assert opened.pop() == environment
+    assert not opened
+    bare = re.sub(r"\\.", "", text)
+    assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
+    assert not re.search(r"[_#^~]", bare) and bare.count("%") == 1  # the comment of the first line
+    grids = re.findall(r"\\begin\{tabular\}\{([lr]+)\}\n\\toprule\n(.*?)\\bottomrule", text, re.DOTALL)
+    assert len(grids) == text.count(r"\caption{")
+    for columns, body in grids:
+        rows = [line for line in body.splitlines() if line != r"\midrule"]
+        assert len(rows) > 1
+        assert all(line.endswith(r"\\") and line.count("&") - line.count(r"\&") == len(columns) - 1 for line in rows)
+
+
+def test_every_figure_is_drawn(profile: Path) -> None:
+    names = {f"{kind}_{task}_elic" for kind in ("rd", "loss_rate", "importance") for task in CELLS}
+    names |= {"method", "codec_small_elic"}
+    figures = profile / "reports/figures"
+    assert {path.name for path in figures.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    for name in names:
+        svg = ElementTree.parse(figures / f"{name}.svg").getroot()
+        assert sum(element.tag.endswith("path") for element in svg.iter()) > 20
+        pixels = np.asarray(Image.open(figures / f"{name}.png").convert("L"))
+        assert min(pixels.shape) > 500 and pixels.std() > 10
+
+
+def test_the_same_tables_give_the_same_bytes(profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = write_profile(tmp_path / "again")
+    monkeypatch.chdir(again)
+    with pytest.warns(UserWarning, match="doubtful"):
+        report.main(Path("data"), Path("reports"))
+    first, second = (
+        {path.relative_to(folder): path.read_bytes() for path in (folder / "reports").rglob("*") if path.is_file()}
+        for folder in (profile, again)
+    )
+    assert first == second
+
+
+def test_a_codec_that_was_not_trained_has_no_loss_curve(tmp_path: Path) -> None:
+    folder = write_profile(tmp_path / "profile", ("detection",), trained=False) / "reports/codecs/small/elic"
+    figures.codec_figure(tmp_path / "codec", "small", "elic", *report.read_coder(folder))
+    assert (tmp_path / "codec.svg").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "names"),
+    [
+        ("points", lambda table: table.drop(columns="bpp"), "points.csv has no column 'bpp'"),
+        ("points", lambda table: table[table["method"] != "uniform"], "no rows of 'uniform', the anchor"),
+        ("points", lambda table: table[table["method"] != "none"], "no rows of 'none'"),
+        ("points", lambda table: pd.concat([table, table[-1:]]), "points of 'oracle' are not 0, 1, 2"),
+        ("bootstrap", lambda table: table[:-1], "bootstrap.csv: not every method, point has each resample once"),
+        ("bootstrap", lambda table: pd.concat([table, table[-1:]]), "bootstrap.csv: not every method, point"),
+    ],
+)
+def test_bad_tables_are_refused_before_anything_is_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    change: Callable[[pd.DataFrame], pd.DataFrame],
+    names: str,
+) -> None:
+    monkeypatch.chdir(write_profile(tmp_path / "profile", ("detection",)))
+    path = Path("data/evaluations/small/elic/detection") / f"{file}.csv"
+    write_csv(path, change(read_csv(path)))
+    with pytest.raises(InputError, match=re.escape(names)):
+        report.main(Path("data"), Path("reports"))
+    assert not Path("reports/rd_points.csv").exists()
+
+
+def test_a_missing_file_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    folder = write_profile(tmp_path / "profile", ("detection",))
+    (folder / "data/loss_rate/small/elic/detection.json").unlink()
+    result = run(folder)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "data/loss_rate/small/elic/detection.json" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1500, "1.5k"), (20_000, "20k"), (2e6, "2M"), (0.05, "0.05"), (300, "300")]
+)
+def test_ticks_are_plain_numbers(value: float, text: str) -> None:
+    assert figures.plain(value) == text
