@@ -61,6 +61,9 @@ def saved(stem: Path, width: float, height: float, layout: str = "constrained") 
     with style.context(["default", LOOK]):
         figure = Figure((width, height), layout=layout)
         yield figure
+        if layout == "constrained":  # once, not again for each format
+            figure.get_layout_engine().execute(figure)
+            figure.set_layout_engine("none")
         for suffix, metadata in FORMATS.items():
             with atomic(Path(f"{stem}.{suffix}")) as scratch:
                 figure.savefig(scratch, metadata=metadata)
@@ -118,7 +121,7 @@ def codec_figure(stem: Path, model: str, codec: str, rate_distortion: pd.DataFra
             plain_log_x(axes)
             axes.set_title(f"scale {scale}")
         figure.supxlabel("bits per plane pixel", fontsize=10)
-        figure.supylabel("PSNR of the plane, dB", fontsize=10)
+        figure.supylabel("PSNR of the features, dB", fontsize=10)
         figure.suptitle(f"Codec {codec.upper()} on the features of {model}, split fit")
         legend = {"handles": panels[SCALES[0]].get_lines(), "fontsize": 10}
         if len(loss):
@@ -198,7 +201,7 @@ MOST_TICKS = 6
 
 
 def plain_log_x(axes: Axes) -> None:
-    """A logarithmic x axis with the finest ticks that have room, in plain numbers: 5k, 10k, 20k. Call after plotting."""
+    """A logarithmic x axis with the finest ticks that have room, in plain numbers: 5k, 10k. Call it after plotting."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)))

@@ -58,7 +58,7 @@ def resnet10_fpn(num_classes: int, num_keypoints: int, min_size: int, max_size: 
         box_head=TwoMLPHead(channels * 7**2, 256),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(256, num_classes),
         box_batch_size_per_image=64,
-        box_detections_per_img=25,
+        box_detections_per_img=15,
     )
     heads = model.roi_heads
     heads.mask_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
@@ -116,7 +116,7 @@ def load_model(path: Path, params: dict) -> nn.Module:
     checkpoint = read_checkpoint(path)
     model = build(params, checkpoint["num_classes"], checkpoint["num_keypoints"])
     load_weights(model, checkpoint["state"], str(path))
-    return model.eval().to(DEVICE)
+    return model.eval().to(DEVICE).to(memory_format=torch.channels_last)  # twice as fast in the mask head on a CPU
 
 
 @torch.inference_mode()

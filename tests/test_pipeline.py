@@ -1,0 +1,163 @@
+"""The real dvc.yaml, run end to end on the smallest profile, and what DVC knows about it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+COCO_MINI = ROOT.parent / "shared" / "coco_mini"
+CONTRACT = {
+    "rd_points": "task,codec,method,point,n_images,bits_per_image,bpp,accuracy,accuracy_name,split",
+    "bd_rate": "task,codec,method,anchor,bd_rate_pchip,bd_rate_akima,ci_low,ci_high,overlap,n_points,flags",
+}
+METHODS = {"none", "uniform", "static", "upstream_measured", "upstream_predicted", "mfiba", "oracle"}
+
+
+def dvc(folder: Path, *words: str, check: bool = True) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *words], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def project(folder: Path) -> Path:
+    """A copy of what the pipeline needs, outside the repository; returns its smoke profile."""
+    for name in ("stages", "profiles/smoke", "data/pretrained"):
+        ignored = shutil.ignore_patterns("__pycache__", "data", "reports", "dvc.lock")
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=None if "data" in name else ignored)
+    for name in ("dvc.yaml", "params.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, folder / name)
+    dvc(folder, "init", "--no-scm", "-q")
+    return folder / "profiles" / "smoke"
+
+
+def change(profile: Path, old: str, new: str) -> None:
+    text = (profile / "params.yaml").read_text()
+    assert old in text
+    (profile / "params.yaml").write_text(text.replace(old, new))
+
+
+def stages_to_run(profile: Path) -> set[str]:
+    lines = dvc(profile, "repro", "--dry").splitlines()
+    return {line.split("'")[1] for line in lines if line.startswith("Running stage")}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    profile = project(tmp_path_factory.mktemp("smoke"))
+    dvc(profile, "repro")
+    return profile
+
+
+def test_the_smallest_profile_ends_with_the_contract_tables(smoke: Path) -> None:
+    for name, columns in CONTRACT.items():
+        assert (smoke / "reports" / f"{name}.csv").read_text().splitlines()[0] == columns
+    points = pd.read_csv(smoke / "reports/rd_points.csv", keep_default_na=False)
+    assert set(points["task"]) == {"detection", "segmentation", "keypoints"}
+    assert set(points["method"]) == METHODS
+    assert (points["split"] == "test").all()
+    assert points["accuracy"].astype(float).between(0, 1).all()
+    uniform = points[(points["method"] == "uniform") & (points["task"] == "detection")]
+    assert uniform["bits_per_image"].is_monotonic_increasing
+    for figure in ("rd_detection_elic.svg", "rd_detection_elic.png"):
+        assert (smoke / "reports/figures" / figure).stat().st_size > 5000
+
+
+def test_bits_of_uniform_are_the_bytes_in_the_files(smoke: Path) -> None:
+    import h5py
+
+    params = yaml.safe_load((smoke / "params.yaml").read_text())
+    points = pd.read_csv(smoke / "reports/rd_points.csv", keep_default_na=False)
+    uniform = points[(points["method"] == "uniform") & (points["task"] == "detection")].set_index("point")
+    for point, quality in enumerate(params["lambdas"]):
+        with h5py.File(smoke / f"data/coded/small/elic/{quality}.h5") as file:
+            group = file["test"]
+            images = len(group["image_ids"])
+            stored = 8 * (len(group["data"]) / images + 8)  # 8 bytes: the header of an image
+        assert uniform.loc[point, "bits_per_image"] == pytest.approx(stored, rel=1e-12)
+
+
+def test_a_rerun_starts_no_stage(smoke: Path) -> None:
+    assert stages_to_run(smoke) == set()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "runs", "rests"),
+    [
+        ("q2: 0.0015", "q2: 0.0016", {"compress@small-elic-q2", "measure@small-elic-q2"}, {"compress@small-elic-q1"}),
+        ("q2, points: 5}\n  seg", "q2, points: 6}\n  seg", {"allocate@detection-elic"}, {"allocate@keypoints-elic"}),
+        ("bootstrap: 20", "bootstrap: 21", {"evaluate@detection-elic", "report"}, {"allocate@detection-elic"}),
+    ],
+)
+def test_a_changed_number_reruns_what_depends_on_it(
+    smoke: Path, old: str, new: str, runs: set[str], rests: set[str]
+) -> None:
+    change(smoke, old, new)
+    try:
+        planned = stages_to_run(smoke)
+    finally:
+        change(smoke, new, old)
+    assert runs <= planned
+    assert not rests & planned
+    assert not {"prepare", "train_model@small", "extract@small"} & planned
+
+
+def test_a_second_run_from_scratch_gives_the_same_bytes(smoke: Path) -> None:
+    before = (smoke / "dvc.lock").read_text()
+    dvc(smoke, "repro", "--force", "--no-run-cache")
+    assert _hashes(before) == _hashes((smoke / "dvc.lock").read_text())
+
+
+def test_a_killed_stage_leaves_nothing_and_a_rerun_ends_with_the_same_result(smoke: Path) -> None:
+    before = (smoke / "dvc.lock").read_text()
+    target = "measure@small-elic-q2"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "--no-run-cache", target],
+        cwd=smoke, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    out = smoke / "data/losses/small/elic/q2.csv"
+    while out.exists():  # DVC removes the output just before it starts the stage
+        assert running.poll() is None
+        time.sleep(0.05)
+    time.sleep(3)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not out.exists()
+    dvc(smoke, "repro", "--no-run-cache")
+    assert _hashes(before) == _hashes((smoke / "dvc.lock").read_text())
+
+
+def test_real_photographs_go_through_every_stage(tmp_path: Path) -> None:
+    if not COCO_MINI.is_dir():
+        pytest.skip(f"{COCO_MINI} is missing: no COCO data here")
+    profile = project(tmp_path)
+    params = yaml.safe_load((profile / "params.yaml").read_text())
+    params["prepare"] |= {"source": "coco", "coco_root": str(COCO_MINI), "images": {"train": 8, "fit": 6, "test": 6}}
+    params["models"]["small"] |= {"weights": None, "image_size": {"min": 96, "max": 160}}
+    params["codecs"]["elic"] |= {"init": None}
+    params["extract"]["train_images"] = 6
+    (profile / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    dvc(profile, "repro")
+    rates = pd.read_csv(profile / "reports/bd_rate.csv", keep_default_na=False)
+    assert set(rates["task"]) == {"detection", "segmentation", "keypoints"}
+    without = rates[rates["bd_rate_pchip"] == ""]
+    assert (without["flags"] != "").all()  # a curve that cannot give a BD-rate says why
+
+
+def _hashes(lock: str) -> dict[str, str]:
+    return {
+        out["path"]: out["md5"] for stage in yaml.safe_load(lock)["stages"].values() for out in stage.get("outs", [])
+    }
