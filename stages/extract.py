@@ -4,13 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from stages.lib.coco import disk_check, image_path, load_split
-from stages.lib.detector_training import read_image
 from stages.lib.features import write_features
-from stages.lib.models import Sizes, load_model, pyramid_of
+from stages.lib.models import Sizes, load_model, pyramid_of, read_image
 from stages.lib.params import entry, load_params
+from stages.lib.progress import progress
 
 
 def main(splits: Path, weights: Path, model: str, out: Path) -> None:
@@ -23,7 +22,7 @@ def main(splits: Path, weights: Path, model: str, out: Path) -> None:
         images += [(split, image_id, image_path(part, image_id)) for image_id in ids]
 
     def items() -> Iterator[tuple[str, int, dict[str, Tensor], Sizes]]:
-        for index, (split, image_id, path) in enumerate(tqdm(images, desc="extract", disable=None, mininterval=1)):
+        for index, (split, image_id, path) in enumerate(progress(images, "extract", len(images))):
             pyramid, sizes = pyramid_of(detector, read_image(path))
             if index == 0:
                 values = sum(scale.numel() for scale in pyramid.values())

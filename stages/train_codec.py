@@ -6,10 +6,10 @@ import pandas as pd
 import torch
 
 from stages.lib import codec_training
-from stages.lib.coding import FeatureCodec, build_codec, load_codec, save_codec
+from stages.lib.coding import FeatureCodec, build_codec, load_codec, load_codec_weights, save_codec
 from stages.lib.features import Features
 from stages.lib.files import write_csv
-from stages.lib.models import load_weights, read_checkpoint
+from stages.lib.models import read_checkpoint
 from stages.lib.params import InputError, entry, load_params
 from stages.lib.planes import Packing
 
@@ -26,7 +26,7 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
     torch.manual_seed(params["seed"])
     codec = build_codec(config)
     if wanted["init"]:
-        start = read_checkpoint(Path(wanted["init"]))
+        start = read_checkpoint(Path(wanted["init"]), "config", "packing", "channels")
         for key in CONFIG:
             if start["config"][key] != config[key]:
                 raise InputError(
@@ -38,7 +38,7 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
                 f"{wanted['init']}: made for pyramids of {start['channels']} channels, {model} has {channels}; "
                 "use init: null"
             )
-        load_weights(codec, codec.state_dict() | start["state"], wanted["init"])
+        load_codec_weights(codec, start["state"], wanted["init"])
         packing = Packing(**start["packing"])
     else:
         packing = codec_training.fit_packing(data, config["packing"])

@@ -1,8 +1,13 @@
-"""Images and annotations of `train` -> detector; or given weights, checked and brought into the project's form."""
+"""Images and annotations of `train` -> detector; or given weights, checked and brought into the project's form.
 
+`torchrun --nproc-per-node N -m stages.train_model ...` trains with N processes, each on a batch of its own.
+"""
+
+import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torchvision.models import get_model_weights
 
 from stages.lib.coco import ground_truth, load_split
@@ -30,8 +35,12 @@ def main(splits: Path, name: str, out: Path) -> None:
         downloaded = True
     elif weights:
         load_weights(network, read_checkpoint(Path(weights))["state"], weights)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group()
     if model["steps"]:
         train(network, data, model["steps"], model["batch"], model["lr"], params["seed"])
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     save_model(out, network, num_classes, num_keypoints, half=not downloaded)
 
 

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
 from stages.lib import accuracy
-from stages.lib.accuracy import average_precision, bootstrap_weights, match, match_variants, per_image, results
+from stages.lib.accuracy import average_precision, bootstrap_weights, match, match_variants, merge, per_image, results
 from stages.lib.params import TASKS, InputError
 
 SIZE = 64
@@ -180,6 +180,13 @@ def test_variants_are_matched_as_if_each_were_alone(case):
     for variant, matches in zip(variants, match_variants(truth, variants, image_ids, task), strict=True):
         for value, expected in zip(matches, match(truth, variant, image_ids, task), strict=True):
             np.testing.assert_array_equal(value, expected)
+
+
+def test_merged_parts_are_one_match_of_all(case):
+    task, truth, found, image_ids = case
+    parts = [match(truth, found, ids, task) for ids in (image_ids[:5], image_ids[5:6], image_ids[6:])]
+    for value, expected in zip(merge(parts), match(truth, found, image_ids, task), strict=True):
+        np.testing.assert_array_equal(value, expected)
 
 
 def test_detections_are_not_changed(case):

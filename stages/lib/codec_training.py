@@ -15,11 +15,12 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from stages.lib.coding import FeatureCodec, encode_scale
-from stages.lib.elic import STRIDE, Elic
+from stages.lib.elic import CODING_BATCH, STRIDE, Elic
 from stages.lib.features import Features
 from stages.lib.models import DEVICE
 from stages.lib.params import SCALES
-from stages.lib.planes import Packing, learn_packing, pack
+from stages.lib.planes import Packing, Range, learn_packing, pack, unpack
+from stages.lib.progress import progress
 
 JPEG_QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90, 95)
 
@@ -27,7 +28,7 @@ JPEG_QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90, 95)
 def fit_packing(features: Features, kind: str) -> Packing:
     """One pass over the split: moments of the channels -> packing."""
     moments: dict[str, tuple[int, Tensor, Tensor]] = {}
-    for image_id in tqdm(features.image_ids, desc="channel statistics", disable=None):
+    for image_id in progress(features.image_ids, "channel statistics", len(features.image_ids)):
         for scale in SCALES:
             x = features.scale(image_id, scale).flatten(1).double()
             count, first, second = moments.get(scale, (0, 0.0, 0.0))
@@ -112,13 +113,16 @@ def rate_distortion(
     bpp_plane counts what is sent for the scale; JPEG's headers are left out of its rate, in its favour.
     """
     rows = []
+    wanted = set(image_ids)
+    batches = [[i for i in batch if i in wanted] for batch in features.batches(CODING_BATCH)]
     for scale in SCALES:
-        maps = [features.scale(i, scale) for i in image_ids]
+        stacks = [torch.stack([features.scale(i, scale) for i in batch]) for batch in batches if batch]
+        maps = [m for stack in stacks for m in stack]
         spans = np.array([(m.max() - m.min()).item() for m in maps])
         pixels = sum(m.numel() for m in maps)
         for quality, lmbda in lambdas.items():
             level = feature_codec.codec.level(lmbda)
-            records = [r for m in maps for r in encode_scale(m[None], scale, level, feature_codec)]
+            records = [record for stack in stacks for record in encode_scale(stack, scale, level, feature_codec)]
             error = np.mean([r.mse_feature / span**2 for r, span in zip(records, spans, strict=True)])
             bits = 8 * sum(len(r.data) for r in records)
             rows.append({"coder": name, "scale": scale, "quality": quality, "bpp_plane": bits / pixels, "psnr": error})
@@ -143,7 +147,7 @@ def _jpeg(features: Tensor, scale: str, quality: int) -> tuple[int, float]:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
     data = buffer.getvalue()
-    decoded = np.asarray(Image.open(buffer), dtype=np.float64) / 255
-    target = (plane[0] * (above - below) + below).numpy()
+    decoded = torch.from_numpy(np.asarray(Image.open(buffer), dtype=np.float32) / 255)[None]
+    received = unpack(decoded, Range(0.0, 1.0), scale, len(features), grey)  # tiles without a channel do not count
     scan = len(data) - data.index(b"\xff\xda")  # tables and headers are the same for every plane
-    return scan, float(np.mean((decoded - target) ** 2))
+    return scan, (received - unit).square().mean().item()

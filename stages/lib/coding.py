@@ -29,6 +29,7 @@ from stages.lib.files import atomic, write_csv
 from stages.lib.models import DEVICE, load_weights, read_checkpoint
 from stages.lib.params import SCALES, InputError
 from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
+from stages.lib.progress import progress
 
 IMAGE_HEADER_BYTES = 8
 RANGE = struct.Struct("<ee")
@@ -86,17 +87,22 @@ def build_codec(config: dict) -> Elic:
 
 def load_codec(path: Path) -> FeatureCodec:
     """A codec written by `train_codec`, ready to code, on DEVICE."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, "config", "packing", "channels")
     codec = build_codec(checkpoint["config"])
-    tables = {name: value for name, value in codec.state_dict().items() if _is_table(name)}
-    load_weights(codec, checkpoint["state"] | tables, str(path))
+    load_codec_weights(codec, checkpoint["state"], str(path))
     codec = codec.eval().to(DEVICE).to(memory_format=torch.channels_last).update()
     return FeatureCodec(codec, Packing(**checkpoint["packing"]), checkpoint["channels"])
 
 
+def load_codec_weights(codec: Elic, state: dict[str, Tensor], source: str) -> None:
+    """The weights of `save_codec`, strictly; raises InputError that names a layer that does not fit."""
+    tables = {name: value for name, value in codec.state_dict().items() if _is_table(name)}
+    load_weights(codec, state | tables, source)
+
+
 def _is_table(name: str) -> bool:
-    """Coder tables are made from the weights by `update`."""
-    return name.split(".")[-1] in ("_offset", "_quantized_cdf", "_cdf_length", "scale_table")
+    """What follows from the weights and the architecture: coder tables, and the masks of the checkerboard."""
+    return name.split(".")[-1] in ("_offset", "_quantized_cdf", "_cdf_length", "scale_table", "mask")
 
 
 def encode_scale(features: Tensor, scale: str, level: int, feature_codec: FeatureCodec) -> list[Record]:
@@ -104,12 +110,14 @@ def encode_scale(features: Tensor, scale: str, level: int, feature_codec: Featur
     codec, packing, channels = feature_codec
     planes, ranges = zip(*(pack(f, scale, packing) for f in features), strict=True)
     records = []
-    for plane, value_range, coded in zip(
-        planes, ranges, codec.encode(torch.stack(planes).to(DEVICE), level), strict=True
+    for f, plane, value_range, coded in zip(
+        features, planes, ranges, codec.encode(torch.stack(planes).to(DEVICE), level), strict=True
     ):
         data = bytes([level]) + RANGE.pack(*value_range) + _length(len(coded.string)) + coded.string
-        mse = (coded.plane.cpu() - plane).square().mean().item()
-        mse_feature = mse * (value_range.high - value_range.low) ** 2 * plane.numel() / features[0].numel()
+        received = coded.plane.cpu()
+        mse = (received - plane).square().mean().item()
+        # A tile without a channel is a part of the plane, but not of what the receiver unpacks.
+        mse_feature = (unpack(received, value_range, scale, channels, packing) - f).square().mean().item()
         records.append(
             Record(
                 data, coded.bytes_hyper, len(coded.string) - coded.bytes_hyper, coded.estimated_bits, mse, mse_feature
@@ -121,6 +129,8 @@ def encode_scale(features: Tensor, scale: str, level: int, feature_codec: Featur
 def decode_scale(records: list[bytes], scale: str, shape: tuple[int, int], feature_codec: FeatureCodec) -> Tensor:
     """N records of one scale and rate control, feature maps of H, W = shape -> [N, C, H, W] on DEVICE."""
     codec, packing, channels = feature_codec
+    if any(record[0] != records[0][0] for record in records):
+        raise InputError(f"scale {scale}: records of several rate controls in one call; decode each level alone")
     strings, ranges = [], []
     for record in records:
         ranges.append(Range(*RANGE.unpack_from(record, 1)))
@@ -142,7 +152,8 @@ def compress_split(
 ) -> Iterator[tuple[int, str, int, Record]]:
     """Every image and scale of a split -> (image id, scale, pixels of the plane, record), in the order of `batches`."""
     level = feature_codec.codec.level(lmbda)
-    for image_ids in features.batches(CODING_BATCH):
+    batches, total = features.batches(CODING_BATCH), len(features.image_ids)
+    for image_ids in progress(batches, f"compress {features.split}", total, len):
         pyramids = features.pyramids(image_ids)
         coded = {scale: encode_scale(pyramids[scale], scale, level, feature_codec) for scale in SCALES}
         for i, image_id in enumerate(image_ids):
@@ -200,6 +211,8 @@ def decode_split(coded: Path, feature_codec: FeatureCodec, split: str) -> Iterat
     except OSError as error:
         raise InputError(f"{coded}: cannot be read as HDF5 ({error}); run `compress` again") from None
     with file:
+        if split not in file:
+            raise InputError(f"{coded}: has no split {split!r}; run `compress` again")
         group = file[split]
         image_ids, offsets, data = group["image_ids"][:].tolist(), group["offsets"][:], group["data"]
         row = {image_id: i for i, image_id in enumerate(image_ids)}

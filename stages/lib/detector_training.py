@@ -6,20 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
 from pycocotools.coco import COCO
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from stages.lib.models import DEVICE
-
-
-def read_image(path: Path) -> Tensor:
-    """An image file -> RGB tensor [3, H, W], float32 in [0, 1]."""
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB")).float() / 255
+from stages.lib.models import DEVICE, read_image
 
 
 def mirrored_order(names: list[str]) -> list[int]:
@@ -87,13 +81,17 @@ class DetectionDataset(Dataset):
 
 
 def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: float, seed: int) -> list[dict]:
-    """Train `model` in place with AdamW and a one-cycle schedule; returns the losses, averaged over every 100 steps."""
-    torch.manual_seed(seed)
+    """Train `model` in place with AdamW and a one-cycle schedule; returns the losses, averaged over every 100 steps.
+
+    Under torchrun every process takes `batch` other images per step, and the gradients are averaged.
+    """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    torch.manual_seed(seed + rank)
     model.train().to(DEVICE)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
     order = torch.utils.data.RandomSampler(
-        data, replacement=False, num_samples=steps * batch, generator=torch.Generator().manual_seed(seed)
+        data, replacement=False, num_samples=steps * batch, generator=torch.Generator().manual_seed(seed + rank)
     )
     loader = DataLoader(
         data,
@@ -112,6 +110,8 @@ def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: 
         loss = sum(losses.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if processes > 1:
+            average([p.grad for p in model.parameters() if p.grad is not None])
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
         schedule.step()
@@ -120,5 +120,14 @@ def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: 
             log.append({"step": step} | {k: sum(w[k] for w in window) / len(window) for k in window[0]})
             print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
             window = []
+    if processes > 1:
+        average([b for b in model.buffers() if b.is_floating_point()])  # statistics of the batch norms
     model.eval()
     return log
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Replace tensors by their mean over all processes."""
+    flat = parameters_to_vector(tensors)
+    dist.all_reduce(flat)
+    vector_to_parameters(flat / dist.get_world_size(), tensors)

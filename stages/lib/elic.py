@@ -142,7 +142,8 @@ class Elic(nn.Module):
             indexes.append(self._gaussian.build_indexes(scales))
             return symbol + means
 
-        y_hat = self._walk(hyper.h_s(z_hat), y, quantise)
+        side = hyper.h_s(z_hat.contiguous(memory_format=torch.channels_last))  # as the decoder: layouts differ
+        y_hat = self._walk(side, y, quantise)
         decoded = self._synthesis(y_hat, position)[:, :, :height, :width]
         hyper_length = symbols[0][0].numel()
         rows = torch.cat([s.flatten(1) for s in symbols], 1).int().tolist()

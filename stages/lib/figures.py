@@ -61,9 +61,6 @@ def saved(stem: Path, width: float, height: float, layout: str = "constrained") 
     with style.context(["default", LOOK]):
         figure = Figure((width, height), layout=layout)
         yield figure
-        if layout == "constrained":  # once, not again for each format
-            figure.get_layout_engine().execute(figure)
-            figure.set_layout_engine("none")
         for suffix, metadata in FORMATS.items():
             with atomic(Path(f"{stem}.{suffix}")) as scratch:
                 figure.savefig(scratch, metadata=metadata)
@@ -91,9 +88,8 @@ def rd_figure(stem: Path, points: pd.DataFrame, resamples: pd.DataFrame) -> None
             )
             if method in WITH_BAND:
                 low, high = np.nanpercentile(resampled(resamples, method)[1], INTERVAL_PERCENTILES, axis=0)
-                at = points[points["method"] == method].sort_values("point")["bits_per_image"].to_numpy()
-                order = np.argsort(at, kind="stable")
-                axes.fill_between(at[order], low[order], high[order], color=colour, alpha=0.13, linewidth=0, zorder=1)
+                band = low[rows["point"]], high[rows["point"]]
+                axes.fill_between(rows["bits_per_image"], *band, color=colour, alpha=0.13, linewidth=0, zorder=1)
         plain_log_x(axes)
         axes.set_xlabel("bits per image")
         axes.set_ylabel(f"{uncoded['accuracy_name']} on {uncoded['split']}")

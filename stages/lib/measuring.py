@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,6 @@ import pandas as pd
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from stages.lib.accuracy import Matches, average_precision, bootstrap_weights, match_variants, merge, per_image, results
 from stages.lib.coding import IMAGE_HEADER_BYTES, FeatureCodec, decode_split
@@ -19,6 +17,7 @@ from stages.lib.features import Features
 from stages.lib.files import read_csv
 from stages.lib.models import DEVICE, detect, heads_for
 from stages.lib.params import SCALES, InputError
+from stages.lib.progress import progress
 
 PYRAMIDS_PER_PASS = 48  # of the heads: enough to fill a CPU's caches and a GPU, flat in memory
 ACCURACY_NAMES = {"detection": "box AP", "segmentation": "mask AP", "keypoints": "keypoint AP"}
@@ -46,10 +45,11 @@ def single_scale_losses(
     of images pass the heads together. Decoding is checked against the encoder: another reconstruction than the
     ledger's raises InputError.
     """
-    lines = read_csv(ledger)
-    expected = lines[lines["split"] == features.split].set_index(["image_id", "scale"])["mse_feature"]
+    expected = _lines(ledger, features).set_index(["image_id", "scale"])["mse_feature"]
     rows = []
-    for image_ids, decoded in _progress(decode_split(coded, feature_codec, features.split), features, "measure"):
+    batches = decode_split(coded, feature_codec, features.split)
+    name, total = f"measure {features.split}", len(features.image_ids)
+    for image_ids, decoded in progress(batches, name, total, lambda batch: len(batch[0])):
         clean = _on_device(features.pyramids(image_ids))
         _check_decoded(coded, image_ids, clean, decoded, expected)
         variants = [clean] + [clean | {scale: decoded[scale]} for scale in SCALES]
@@ -92,6 +92,9 @@ def choices_of(allocation: pd.DataFrame) -> Choices:
         allocation["scale"].map(scale),
     )
     phi[at] = allocation["phi"].astype(int)
+    for image, point, s in np.argwhere(phi < 0)[:1]:  # -1 would be read as the last quality
+        method = " ".join(map(str, points[point]))
+        raise InputError(f"allocation: image {ids[image]}, scale {SCALES[s]} has no phi in {method}; allocate again")
     return Choices(points, {int(image_id): phi[i] for image_id, i in row.items()})
 
 
@@ -121,7 +124,8 @@ def evaluate(
     matches: list[list[Matches]] = []
     files = [decode_split(coded / f"{quality}.h5", feature_codec, features.split) for quality in qualities]
     uncoded = (len(qualities),) * len(SCALES)
-    for parts in _progress(zip(*files, strict=True), features, "evaluate"):
+    batches, total = zip(*files, strict=True), len(features.image_ids)
+    for parts in progress(batches, f"evaluate {task}", total, lambda parts: len(parts[0][0])):
         image_ids = parts[0][0]
         decoded = [pyramid for _, pyramid in parts] + [_on_device(features.pyramids(image_ids))]
         chosen = {i: [uncoded, *map(tuple, choices.phi[i].tolist())] for i in image_ids}
@@ -189,11 +193,20 @@ def bits_of(coded: Path, qualities: list[str], features: Features) -> dict[int, 
     """Image id -> bits of its records [5, K], from the ledgers."""
     bits = {image_id: np.zeros((len(SCALES), len(qualities)), dtype=np.int64) for image_id in features.image_ids}
     for k, quality in enumerate(qualities):
-        ledger = read_csv(coded / f"{quality}.csv")
-        ledger = ledger[ledger["split"] == features.split]
+        ledger = _lines(coded / f"{quality}.csv", features)
         for image_id, scale, value in zip(ledger["image_id"], ledger["scale"], ledger["bits"], strict=True):
             bits[image_id][SCALES.index(scale), k] = value
     return bits
+
+
+def _lines(ledger: Path, features: Features) -> pd.DataFrame:
+    """The ledger's lines of the features' split, one per image and scale."""
+    lines = read_csv(ledger)
+    lines = lines[lines["split"] == features.split]
+    wanted = [(image_id, scale) for image_id in features.image_ids for scale in SCALES]
+    if sorted(zip(lines["image_id"], lines["scale"], strict=True)) != sorted(wanted):
+        raise InputError(f"{ledger}: lists other images than {features.path}; run `compress` again")
+    return lines
 
 
 def _check_decoded(coded: Path, image_ids: list[int], clean: Pyramid, decoded: Pyramid, expected: pd.Series) -> None:
@@ -205,13 +218,6 @@ def _check_decoded(coded: Path, image_ids: list[int], clean: Pyramid, decoded: P
                     f"{coded}: image {image_id}, scale {scale} decodes to an MSE of {value:.4g} where its encoder had "
                     f"{expected[image_id, scale]:.4g}; the file or the codec was changed: run `compress` again"
                 )
-
-
-def _progress(batches: Iterator, features: Features, name: str) -> Iterator:
-    with tqdm(total=len(features.image_ids), desc=f"{name} {features.split}", disable=None, mininterval=1) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch[0] if isinstance(batch[0], list) else batch[0][0]))
 
 
 def _stack(pyramids: list[Pyramid]) -> Pyramid:

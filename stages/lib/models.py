@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import detection, resnet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -17,6 +18,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.transforms.functional import pil_to_tensor
 
 from stages.lib.files import atomic
 from stages.lib.params import InputError
@@ -98,25 +100,37 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> No
     module.load_state_dict(state)
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of this project: `{"state": layer -> tensor, ...plain values}`; tensors come back as float32."""
+def read_checkpoint(path: Path, *needed: str) -> dict:
+    """A checkpoint of this project: `{"state": layer -> tensor, ...plain values}`; tensors come back as float32.
+
+    `needed`: the plain values that the caller reads; a detector's file has others than a codec's.
+    """
     if not path.is_file():
         raise InputError(f"{path}: weights are missing; give an existing file, or null to train from the start")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         state = checkpoint["state"]
         checkpoint["state"] = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        missing = [key for key in needed if key not in checkpoint]
     except Exception as error:  # torch.load raises many types for a file that is no checkpoint
         raise InputError(f"{path}: is no weights file of this project ({type(error).__name__})") from error
+    if missing:
+        raise InputError(f"{path}: has no {missing[0]!r}; the file belongs to another network")
     return checkpoint
 
 
 def load_model(path: Path, params: dict) -> nn.Module:
     """The detector of a file written by `train_model`, in eval mode on DEVICE."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, "num_classes", "num_keypoints")
     model = build(params, checkpoint["num_classes"], checkpoint["num_keypoints"])
     load_weights(model, checkpoint["state"], str(path))
     return model.eval().to(DEVICE).to(memory_format=torch.channels_last)  # twice as fast in the mask head on a CPU
+
+
+def read_image(path: Path) -> Tensor:
+    """An image file -> RGB tensor [3, H, W], float32 in [0, 1]."""
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB")).float() / 255
 
 
 @torch.inference_mode()

@@ -85,8 +85,7 @@ def unpack(plane: Tensor, value_range: Range, scale: str, channels: int, packing
     rows, columns = grid(-(-channels // c))
     height, width = plane.shape[1] // rows, plane.shape[2] // columns
     tiles = plane.view(c, rows, height, columns, width).permute(1, 3, 0, 2, 4).reshape(-1, height, width)
-    span = value_range.high - value_range.low or 1.0
-    features = tiles[:channels] * span + value_range.low
+    features = tiles[:channels] * (value_range.high - value_range.low) + value_range.low
     if packing.kind == "pca":
         rotated = torch.einsum("kc,khw->chw", packing.basis[scale], features)
         features = rotated + packing.mean[scale][:, None, None]

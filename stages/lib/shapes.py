@@ -29,10 +29,10 @@ OKS_SIGMAS = [0.07, 0.08, 0.09, 0.09, 0.10, 0.09, 0.09]  # COCO's: 0.026 (nose) 
 
 PERSON_SHARE = 0.35
 CROWD_SHARE = 0.03
-LOW_CONTRAST_SHARE = 0.25
-SIZE_PX128 = (8, 90)  # longest side of an object
-PERSON_PX128 = (16, 100)  # height of a standing person
-MIN_VISIBLE_SHARE = 0.4  # of an object after all later ones are painted
+LOW_CONTRAST_SHARE = 0.1
+SIZE_PX128 = (12, 96)  # longest side of an object
+PERSON_PX128 = (28, 112)  # height of a standing person
+MIN_VISIBLE_SHARE = 0.6  # of an object after all later ones are painted
 MIN_INSIDE_SHARE = 0.6  # of an object inside the image
 MIN_VISIBLE_PIXELS = 12
 PLACEMENT_TRIES = 12
@@ -164,11 +164,11 @@ def simple_figure(rng: np.random.Generator, category: str, length: float) -> Fig
             outlines = [(np.stack([np.cos(angle), np.sin(angle)], -1) * 0.55, True)]
         case "star":
             angle = np.arange(10) * np.pi / 5
-            radius = np.where(np.arange(10) % 2, rng.uniform(0.2, 0.26), 0.52)
+            radius = np.where(np.arange(10) % 2, rng.uniform(0.26, 0.32), 0.52)
             outlines = [(np.stack([np.cos(angle), np.sin(angle)], -1) * radius[:, None], True)]
         case "ring":
             aspect = rng.uniform(0.8, 1.0)
-            hole = rng.uniform(0.45, 0.65)
+            hole = rng.uniform(0.35, 0.5)
             outlines = [(ellipse(1, aspect), True), (ellipse(hole, hole * aspect), False)]
     turn = rotation(rng.uniform(0, 2 * np.pi)) * length
     return Figure(category, [[(points @ turn, fills) for points, fills in outlines]], np.zeros((0, 2)))
@@ -192,7 +192,7 @@ def person(rng: np.random.Generator, height: float) -> Figure:
         limbs.append(limb(side, (0.095, -0.33), (upper, lower), 0.19))
         limbs.append(limb(side, (0.06, 0.0), (thigh, thigh - rng.uniform(0, 0.9) * thigh), 0.24))
     head, neck, hip = np.array([0, -0.48]), np.array([0, -0.36]), np.zeros(2)
-    width = rng.uniform(0.075, 0.1)
+    width = rng.uniform(0.11, 0.14)
     torso = np.array([[-0.12, -0.36], [0.12, -0.36], [0.085, 0.04], [-0.085, 0.04]])
     bones = [(head, neck)] + [bone for joints in limbs for bone in zip(joints[:-1], joints[1:], strict=True)]
     outlines = [ellipse(0.19, 0.21) + head, torso] + [capsule(start, end, width) for start, end in bones]
@@ -251,9 +251,9 @@ def fill(rng: np.random.Generator, behind: np.ndarray, alpha: np.ndarray, unit: 
     """Paint of one layer [h, w, 3], at a chosen colour distance from the mean of what it covers."""
     mean = np.average(behind.reshape(-1, 3), axis=0, weights=alpha.ravel() + 1e-6)
     direction = rng.uniform(0, 255, 3) - mean
-    contrast = rng.uniform(45, 80) if rng.random() < LOW_CONTRAST_SHARE else rng.uniform(90, 220)
+    contrast = rng.uniform(45, 80) if rng.random() < LOW_CONTRAST_SHARE else rng.uniform(120, 230)
     colour = np.clip(mean + direction * contrast / (np.linalg.norm(direction) + 1e-6), 0, 255)
-    pattern = texture(rng, *alpha.shape, unit)[..., None] * rng.uniform(-1, 1, 3) * min(40, contrast / 2)
+    pattern = texture(rng, *alpha.shape, unit)[..., None] * rng.uniform(-1, 1, 3) * min(30, contrast / 3)
     return np.clip(colour + pattern, 0, 255).astype(np.float32)
 
 

@@ -1,0 +1,229 @@
+"""Training sees real pixels only, goes downhill, and is the same twice; the curves beside JPEG's are real bits."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pytest import approx
+
+from stages import train_codec
+from stages.lib import codec_training
+from stages.lib.codec_training import fit_packing, random_crops, rate_distortion
+from stages.lib.coding import FeatureCodec, build_codec, decode_scale, encode_scale, load_codec, save_codec
+from stages.lib.features import Features, write_features
+from stages.lib.files import read_csv
+from stages.lib.models import Sizes
+from stages.lib.params import SCALES, InputError
+from stages.lib.planes import Packing, grid, pack
+
+CHANNELS = 4  # tiled 2 x 2
+SIDES = {"0": 48, "1": 24, "2": 12, "3": 6, "pool": 3}  # planes of 96, 48, 24, 12, 6 px
+CONFIG = {"packing": "pca", "N": 16, "M": 32, "groups": [8, 24], "lambda_range": [1e-4, 0.05], "gains": 3}
+LAMBDAS = {"q1": 0.0002, "q2": 0.02}
+PLAIN = Packing("pca", {s: torch.eye(CHANNELS) for s in SCALES}, {s: torch.zeros(CHANNELS) for s in SCALES})
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    """Three images in each split: waves whose channels depend on each other, and some noise."""
+    path = tmp_path_factory.mktemp("features") / "f.h5"
+    torch.manual_seed(0)
+    mix = {scale: torch.randn(CHANNELS, CHANNELS) for scale in SCALES}
+    items = []
+    for split in ("fit", "train"):
+        for image_id in range(3):
+            pyramid = {}
+            for scale, side in SIDES.items():
+                x = torch.arange(side) * (40 / side)
+                waves = torch.stack([torch.sin(x / (c + 2) + image_id) for c in range(CHANNELS)])
+                maps = waves[:, None] * waves[:, :, None] + 0.02 * torch.randn(CHANNELS, side, side)
+                pyramid[scale] = torch.einsum("kc,chw->khw", mix[scale], maps)[None] + 1
+            items.append((split, image_id, pyramid, Sizes((192, 192), (192, 192), (192, 192))))
+    write_features(path, items, "float32")
+    return path
+
+
+@pytest.fixture(scope="module")
+def train_split(path) -> Features:
+    return Features(path, "train")
+
+
+def tiny():
+    torch.manual_seed(0)
+    return build_codec(CONFIG)
+
+
+# ---- packing
+
+
+def test_the_packing_is_that_of_all_samples_at_once(train_split):
+    packing = fit_packing(train_split, "pca")
+    for scale in SCALES:
+        samples = torch.cat([train_split.scale(i, scale).flatten(1) for i in range(3)], 1).double().numpy()
+        assert packing.mean[scale].numpy() == approx(samples.mean(1), abs=1e-5)
+        basis = packing.basis[scale].double().numpy()
+        rotated = np.cov(basis @ samples, bias=True)
+        assert rotated == approx(np.diag(np.diag(rotated)), abs=1e-4 * rotated.max())
+        assert (np.diff(np.diag(rotated)) <= 0).all()
+
+
+# ---- crops
+
+
+def crops(features, packing=PLAIN, batch=4, seed=0):
+    return list(random_crops(features, packing, batch, 64, np.random.default_rng(seed)))
+
+
+def test_masks_mark_exactly_the_real_pixels(train_split):
+    # Real pixels are moved away from the padding's 0.5, so that they can be told apart.
+    shifted = SimpleNamespace(image_ids=train_split.image_ids, scale=lambda i, s: 2 + train_split.scale(i, s).abs())
+    sides = []
+    for planes, masks in crops(shifted):
+        assert planes.shape[2:] == masks.shape[2:] and planes.shape[2] % 64 == planes.shape[3] % 64 == 0
+        assert torch.equal(masks == 1, planes != 0.5)
+        assert set(masks.unique().tolist()) <= {0.0, 1.0}
+        sides += [math.isqrt(int(mask.sum())) for mask in masks]
+    assert sorted(sides) == sorted([64] * 4 + [48, 24, 12, 6] * 2)
+
+
+def test_crops_are_parts_of_planes(train_split):
+    planes = torch.stack([pack(train_split.scale(i, "0"), "0", PLAIN)[0] for i in range(3)])[:, 0]
+    windows = planes.unfold(1, 64, 1).unfold(2, 64, 1)  # [3, 33, 33, 64, 64]
+    found = set()
+    for planes_of_shape, masks in crops(train_split):
+        for crop, mask in zip(planes_of_shape, masks, strict=True):
+            if mask.all():
+                (at,) = torch.nonzero((windows == crop[0]).all(-1).all(-1)).tolist()
+                found.add(tuple(at))
+    assert len(found) == 4  # from other images and places
+
+
+# ---- training
+
+
+def loss_of(codec, features) -> float:
+    """Of fixed crops at a middle lambda, with real rounding."""
+    codec.eval()
+    total = 0.0
+    with torch.no_grad():
+        for x, mask in crops(features, batch=2, seed=1):
+            x_hat, bits = codec(x, torch.full((len(x),), 0.002))
+            total += (bits.sum() + 0.002 * 255**2 * ((x_hat - x).square() * mask).sum()).item()
+    return total
+
+
+def test_training_reduces_the_loss(train_split):
+    codec = tiny()
+    before = loss_of(codec, train_split)
+    log = codec_training.train(codec, train_split, PLAIN, steps=30, batch=1, crop=64, lr=1e-3, seed=0)
+    assert not codec.training
+    assert [line.keys() for line in log] == [{"step": 0, "loss": 0, "bpp_plane": 0, "mse": 0}.keys()]
+    assert loss_of(codec, train_split) < 0.9 * before
+
+
+def test_the_same_seed_gives_the_same_weights(train_split):
+    results = []
+    for seed in (5, 5, 6):
+        codec = tiny()
+        codec_training.train(codec, train_split, PLAIN, steps=3, batch=1, crop=64, lr=1e-3, seed=seed)
+        results.append(codec.state_dict())
+    first, same, other = results
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["log_gain"], other["log_gain"])
+
+
+# ---- curves
+
+
+@pytest.fixture(scope="module")
+def codec_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("codec") / "codec.pt"
+    save_codec(path, FeatureCodec(tiny(), PLAIN, CHANNELS), CONFIG)
+    return path
+
+
+def test_jpegs_rate_and_psnr_rise_with_its_quality(path, codec_file):
+    fit = Features(path, "fit")
+    curves = rate_distortion(fit, [0, 1], load_codec(codec_file), LAMBDAS, "elic")
+    assert curves.columns.tolist() == ["coder", "scale", "quality", "bpp_plane", "psnr"]
+    jpeg = curves[curves["coder"] == "jpeg"]
+    for scale, rows in jpeg.groupby("scale"):
+        assert rows["quality"].is_monotonic_increasing
+        assert rows["bpp_plane"].is_monotonic_increasing
+        assert scale != "0" or rows["psnr"].is_monotonic_increasing
+    assert jpeg["psnr"].between(8, 60).all()
+
+
+def test_the_codecs_curve_is_of_real_records(path, codec_file):
+    fit, codec = Features(path, "fit"), load_codec(codec_file)
+    curves = rate_distortion(fit, [2], codec, LAMBDAS, "elic").set_index(["coder", "scale", "quality"])
+    for scale, side in SIDES.items():
+        maps = fit.scale(2, scale)
+        for quality, lmbda in LAMBDAS.items():
+            (record,) = encode_scale(maps[None], scale, codec.codec.level(lmbda), codec)
+            decoded = decode_scale([record.data], scale, (side, side), codec)[0]
+            mse = (decoded - maps).square().mean().item()
+            row = curves.loc[("elic", scale, quality)]
+            assert row["bpp_plane"] == approx(8 * len(record.data) / maps.numel())
+            assert row["psnr"] == approx(10 * math.log10((maps.max() - maps.min()).item() ** 2 / mse), abs=0.01)
+
+
+def test_jpegs_error_is_of_the_features_alone():
+    """5 channels leave one of 3 x 2 tiles empty: it holds nothing that could be wrong."""
+    maps = torch.linspace(0, 1, 5 * 16 * 16).view(5, 16, 16)
+    assert math.prod(grid(5)) > 5
+    _, error = codec_training._jpeg(maps, "0", 95)
+    assert error < 1e-3
+
+
+# ---- the stage
+
+
+@pytest.fixture
+def run(path, tmp_path, monkeypatch):
+    def run(init: Path, **changes) -> Path:
+        codec = CONFIG | {"init": str(init), "steps": 0, "batch": 1, "crop": 64, "lr": 1e-3} | changes
+        monkeypatch.setattr(
+            train_codec, "load_params", lambda: {"seed": 0, "codecs": {"elic": codec}, "lambdas": LAMBDAS}
+        )
+        monkeypatch.setattr(train_codec, "SHOWN", 1)
+        train_codec.main(path, "small", "elic", tmp_path / "codec.pt", tmp_path / "reports")
+        return tmp_path / "codec.pt"
+
+    return run
+
+
+def test_zero_steps_keep_the_given_weights(run, codec_file, tmp_path):
+    given, kept = (torch.load(path, weights_only=True) for path in (codec_file, run(codec_file)))
+    assert kept["config"] == given["config"] and kept["channels"] == given["channels"]
+    for part, expected in ((kept["state"], given["state"]), (kept["packing"]["basis"], given["packing"]["basis"])):
+        assert part.keys() == expected.keys()
+        assert all(torch.equal(part[name], expected[name]) for name in part)
+    assert read_csv(tmp_path / "reports" / "loss.csv").columns.tolist() == ["step", "loss", "bpp_plane", "mse"]
+    assert len(read_csv(tmp_path / "reports" / "rate_distortion.csv")) == len(SCALES) * (2 + 9)
+
+
+def edited(codec_file: Path, path: Path, edit) -> Path:
+    checkpoint = torch.load(codec_file, weights_only=True)
+    edit(checkpoint)
+    torch.save(checkpoint, path)
+    return path
+
+
+def test_given_weights_must_fit_the_configuration(run, codec_file, tmp_path):
+    with pytest.raises(InputError, match=r"codecs\.elic\.gains is 4.*codec\.pt.*3"):
+        run(codec_file, gains=4)
+    other = edited(codec_file, tmp_path / "other.pt", lambda c: c.update(channels=9))
+    with pytest.raises(InputError, match=r"other\.pt.*9 channels.*4"):
+        run(other)
+    with pytest.raises(InputError, match=r"detector\.pt.*config"):
+        run(edited(codec_file, tmp_path / "detector.pt", lambda c: c.pop("config")))
+
+
+def test_given_weights_must_be_complete(run, codec_file, tmp_path):
+    cut = edited(codec_file, tmp_path / "cut.pt", lambda c: c["state"].pop("net.g_a.4.weight"))
+    with pytest.raises(InputError, match=r"cut\.pt.*net\.g_a\.4\.weight"):
+        run(cut)

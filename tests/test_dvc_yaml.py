@@ -1,0 +1,45 @@
+"""dvc.yaml knows what each stage is made of."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PLUMBING = {"params", "files", "progress"}  # what a stage computes does not depend on them
+
+
+def imported(file: Path) -> set[str]:
+    """Names of the modules in stages/lib that a file imports, directly or not."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "stages.lib":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stages.lib."):
+            names.add(node.module.removeprefix("stages.lib."))
+    return names | {inner for name in names for inner in imported(ROOT / f"stages/lib/{name}.py")}
+
+
+def definition(stage: str) -> dict:
+    return STAGES[stage].get("do", STAGES[stage])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_module_behind_a_stage_is_a_dependency(stage: str) -> None:
+    listed = {Path(dep).stem for dep in definition(stage)["deps"] if "/stages/lib/" in dep}
+    assert listed == imported(ROOT / f"stages/{stage}.py") - PLUMBING
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_command_of_a_stage_is_its_module_and_every_path_in_it_is_declared(stage: str) -> None:
+    words = definition(stage)["cmd"].split()
+    assert words[:4] == ["PYTHONPATH=${root}", "python", "-m", f"stages.{stage}"]
+    assert f"${{root}}/stages/{stage}.py" in definition(stage)["deps"]
+
+
+def test_stages_do_not_import_each_other() -> None:
+    for file in (ROOT / "stages").glob("*.py"):
+        assert "import stages." not in file.read_text()
+        assert not [line for line in file.read_text().splitlines() if line.startswith("from stages import")]

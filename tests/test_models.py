@@ -1,0 +1,303 @@
+"""A detector cut at its pyramid is still the same detector; its training data are COCO's, mirrored or not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pytest import approx
+
+from stages.lib import detector_training, shapes
+from stages.lib.detector_training import DetectionDataset, mirrored_order
+from stages.lib.features import Features, write_features
+from stages.lib.models import (
+    Sizes,
+    build,
+    detect,
+    heads_for,
+    load_model,
+    load_weights,
+    pyramid_of,
+    read_checkpoint,
+    save_model,
+)
+from stages.lib.params import SCALES, TASKS, InputError
+
+PARAMS = {"architecture": "resnet10_fpn", "image_size": {"min": 64, "max": 96}}
+CLASSES, KEYPOINTS = 7, 7
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = build(PARAMS, CLASSES, KEYPOINTS)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # features of a sensible size from random weights
+            module.running_var.fill_(0.3)
+    model.roi_heads.score_thresh = 0.01
+    model.roi_heads.detections_per_img = 8
+    return model.eval().to(memory_format=torch.channels_last)  # as load_model: other layouts round otherwise
+
+
+def image(height: int, width: int) -> torch.Tensor:
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ---- the cut
+
+
+@pytest.mark.parametrize("tasks", [set(TASKS), {"detection"}, {"segmentation"}, {"keypoints"}])
+def test_stored_features_give_exactly_the_detections_of_the_whole_model(model, tasks, tmp_path):
+    picture = image(50, 70)  # resized and padded on the way
+    pyramid, sizes = pyramid_of(model, picture)
+    write_features(tmp_path / "f.h5", [("test", 1, pyramid, sizes)], "float32")
+    stored = Features(tmp_path / "f.h5", "test")
+    with heads_for(model, tasks), torch.inference_mode():
+        (whole,) = model([picture])
+        (cut,) = detect(model, stored.pyramids([1]), [stored.sizes(1)])
+    assert len(whole["boxes"]) > 0
+    assert ("masks" in cut, "keypoints" in cut) == ("segmentation" in tasks, "keypoints" in tasks)
+    assert_same(whole, cut)
+
+
+def test_sizes_are_those_of_the_transform(model):
+    _, sizes = pyramid_of(model, image(50, 70))
+    assert sizes == Sizes((50, 70), (64, 89), (64, 96))
+
+
+def test_pyramids_in_one_batch_give_the_detections_that_each_gives_alone(model):
+    pyramid, sizes = pyramid_of(model, image(64, 64))
+    variants = [pyramid] + [pyramid | {scale: pyramid[scale] * 0.5} for scale in SCALES]
+    together = detect(model, {s: torch.cat([v[s] for v in variants]) for s in SCALES}, [sizes] * len(variants))
+    for variant, found in zip(variants, together, strict=True):
+        (alone,) = detect(model, variant, [sizes])
+        assert found["labels"].tolist() == alone["labels"].tolist()
+        for key in ("boxes", "scores", "masks"):
+            assert torch.allclose(found[key], alone[key], atol=1e-3)
+
+
+def test_images_of_other_original_sizes_share_a_pass(model):
+    pyramid, sizes = pyramid_of(model, image(64, 64))
+    small, large = detect(
+        model,
+        {scale: torch.cat([value, value]) for scale, value in pyramid.items()},
+        [sizes, sizes._replace(original=(128, 128))],
+    )
+    assert torch.allclose(2 * small["boxes"], large["boxes"], atol=1e-3)
+    assert large["masks"].shape[-2:] == (128, 128)
+
+
+def test_pool_is_every_second_value_of_scale_3(model):
+    for height, width in ((64, 64), (70, 90)):
+        pyramid, _ = pyramid_of(model, image(height, width))
+        assert torch.equal(pyramid["pool"], pyramid["3"][:, :, ::2, ::2])
+
+
+def test_an_images_features_do_not_depend_on_other_images(model):
+    first, _ = pyramid_of(model, image(50, 70))
+    pyramid_of(model, image(90, 60))
+    again, _ = pyramid_of(model, image(50, 70))
+    assert_same(first, again)
+
+
+def test_heads_come_back_also_after_an_error(model):
+    before, order = dict(model.roi_heads.named_modules()), list(model.state_dict())
+    with pytest.raises(RuntimeError), heads_for(model, {"detection"}):
+        assert not model.roi_heads.has_mask() and not model.roi_heads.has_keypoint()
+        raise RuntimeError
+    assert dict(model.roi_heads.named_modules()) == before
+    assert list(model.state_dict()) == order
+    assert model.roi_heads.has_mask() and model.roi_heads.has_keypoint()
+
+
+def test_a_detector_without_masks_has_no_heads_to_hide():
+    torch.manual_seed(0)
+    model = build(PARAMS, CLASSES, KEYPOINTS)
+    model.roi_heads.mask_roi_pool = model.roi_heads.mask_head = model.roi_heads.mask_predictor = None
+    with heads_for(model, {"detection"}):
+        pass
+    assert not model.roi_heads.has_mask() and model.roi_heads.has_keypoint()
+
+
+# ---- files
+
+
+def test_a_saved_model_detects_alike(model, tmp_path):
+    save_model(tmp_path / "m.pt", model, CLASSES, KEYPOINTS, half=False)
+    loaded = load_model(tmp_path / "m.pt", PARAMS)
+    loaded.roi_heads.score_thresh, loaded.roi_heads.detections_per_img = 0.01, 8
+    assert not loaded.training
+    before, after = (detect(m, *detect_input(m, image(64, 64)))[0] for m in (model, loaded))
+    assert_same(before, after)
+
+
+def detect_input(model, picture):
+    pyramid, sizes = pyramid_of(model, picture)
+    return pyramid, [sizes]
+
+
+def test_half_files_hold_matrices_as_float16_and_read_back_as_float32(model, tmp_path):
+    save_model(tmp_path / "h.pt", model, CLASSES, KEYPOINTS, half=True)
+    save_model(tmp_path / "f.pt", model, CLASSES, KEYPOINTS, half=False)
+    assert (tmp_path / "h.pt").stat().st_size < 0.55 * (tmp_path / "f.pt").stat().st_size
+    loaded = load_model(tmp_path / "h.pt", PARAMS)
+    for (name, one), other in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one.half().to(one.dtype) if one.ndim > 1 else one, other), name
+    save_model(tmp_path / "again.pt", loaded, CLASSES, KEYPOINTS, half=True)  # nothing more is lost
+    assert_same(read_checkpoint(tmp_path / "h.pt")["state"], read_checkpoint(tmp_path / "again.pt")["state"])
+
+
+def test_weights_of_another_network_name_the_layer():
+    net = torch.nn.Linear(3, 2)
+    weight, bias = torch.zeros(2, 3), torch.zeros(2)
+    for state, word in (
+        ({"weight": weight}, "'bias'"),
+        ({"weight": weight.T, "bias": bias}, r"'weight'.*\(3, 2\).*\(2, 3\)"),
+        ({"weight": weight, "bias": bias, "gate": bias}, "'gate'"),
+    ):
+        with pytest.raises(InputError, match=f"file.pt.*{word}"):
+            load_weights(net, state, "file.pt")
+
+
+# ---- training data and training
+
+TRAIN_IMAGES = 6
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("shapes")
+    shapes.generate(path, n_train=TRAIN_IMAGES, n_val=1, size=64, seed=5)
+    return path
+
+
+def ground_truth(root: Path, kind: str) -> COCO:
+    return COCO(root / "annotations" / f"{kind}_train2017.json")
+
+
+@pytest.fixture
+def data(root) -> DetectionDataset:
+    instances, persons = ground_truth(root, "instances"), ground_truth(root, "person_keypoints")
+    return DetectionDataset(instances, persons, instances.getImgIds(), root / "train2017", masks=True)
+
+
+def unflipped(data: DetectionDataset, index: int, monkeypatch, number: float = 0.9):
+    with monkeypatch.context() as patch:
+        patch.setattr(detector_training.torch, "rand", lambda *_: torch.tensor(number))
+        return data[index]
+
+
+def test_targets_are_cocos_annotations(data, monkeypatch):
+    for index, image_id in enumerate(data.image_ids):
+        picture, target = unflipped(data, index, monkeypatch)
+        objects = [a for a in data.instances.imgToAnns[image_id] if not a["iscrowd"]]
+        assert picture.shape == (3, 64, 64) and picture.min() >= 0 and picture.max() <= 1
+        assert target["labels"].tolist() == [a["category_id"] for a in objects]
+        for a, box, mask, points in zip(objects, target["boxes"], target["masks"], target["keypoints"], strict=True):
+            x, y, w, h = a["bbox"]
+            assert box.tolist() == [x, y, x + w, y + h]
+            assert mask.sum() == a["area"]
+            ys, xs = torch.nonzero(mask, as_tuple=True)
+            assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == box.tolist()
+            person = a["category_id"] == shapes.CATEGORIES["person"]
+            assert points.shape == (KEYPOINTS, 3) and (person or not points.any())
+            if person:
+                assert points.flatten().tolist() == approx(data.keypoints[a["id"]])
+
+
+def test_flipping_twice_changes_nothing(data, monkeypatch):
+    for index in range(len(data)):
+        picture, target = unflipped(data, index, monkeypatch)
+        twice, flipped_twice = data._flip(*data._flip(picture, dict(target)))
+        assert torch.equal(twice, picture)
+        assert all(torch.allclose(flipped_twice[key], target[key], atol=1e-5) for key in target)
+
+
+def test_a_flip_mirrors_boxes_with_their_masks(data, monkeypatch):
+    picture, target = unflipped(data, 0, monkeypatch, 0.1)
+    plain, _ = unflipped(data, 0, monkeypatch)
+    assert torch.equal(picture, plain.flip(-1))
+    for box, mask in zip(target["boxes"], target["masks"], strict=True):
+        ys, xs = torch.nonzero(mask, as_tuple=True)
+        assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == box.tolist()
+
+
+def test_a_flip_makes_left_right(data):
+    names = list(shapes.KEYPOINTS)
+    points = torch.tensor([[[10.0 + i, 20.0 + i, 2.0] for i in range(KEYPOINTS)]])
+    points[0, names.index("hip")] = 0  # unknown
+    target = {"boxes": torch.tensor([[8.0, 18.0, 20.0, 30.0]]), "keypoints": points}
+    _, flipped = data._flip(torch.zeros(3, 64, 64), dict(target))
+    (mirrored,) = flipped["keypoints"]
+    for name in ("hand", "foot"):
+        left, right = names.index(f"left_{name}"), names.index(f"right_{name}")
+        assert mirrored[left].tolist() == [64 - points[0, right, 0], points[0, right, 1], 2]
+        assert mirrored[right].tolist() == [64 - points[0, left, 0], points[0, left, 1], 2]
+    assert mirrored[names.index("head")].tolist() == [64 - 10, 20, 2]
+    assert mirrored[names.index("hip")].tolist() == [0, 0, 0]
+
+
+def test_mirrored_order_of_cocos_names():
+    assert mirrored_order(["nose", "left_eye", "right_eye", "left_ear", "right_ear"]) == [0, 2, 1, 4, 3]
+
+
+def edited(root: Path, edit) -> COCO:
+    instances = ground_truth(root, "instances")
+    edit(instances.dataset["annotations"])
+    instances.createIndex()
+    return instances
+
+
+def test_crowds_and_slivers_are_left_out(root):
+    def edit(annotations):
+        annotations[0]["iscrowd"], annotations[1]["bbox"][2] = 1, 1
+
+    instances = edited(root, edit)
+    dropped = [a["id"] for a in instances.dataset["annotations"][:2]]
+    data = DetectionDataset(instances, None, instances.getImgIds(), root / "train2017", masks=False)
+    kept = [a["id"] for image_id in data.image_ids for a in data._annotations(image_id)]
+    crowds = sum(a["iscrowd"] for a in instances.dataset["annotations"])
+    assert not set(dropped) & set(kept)
+    assert len(kept) == len(instances.dataset["annotations"]) - crowds - 1
+    boxes = torch.cat([data[i][1]["boxes"] for i in range(len(data))])
+    assert (boxes[:, 2:] > boxes[:, :2] + 1).all() and boxes.min() >= 0 and boxes.max() <= 64
+
+
+def test_images_without_annotations_are_skipped(root):
+    empty = ground_truth(root, "instances").getImgIds()[2]
+    instances = edited(
+        root, lambda entries: entries.__setitem__(slice(None), [a for a in entries if a["image_id"] != empty])
+    )
+    data = DetectionDataset(instances, None, instances.getImgIds(), root / "train2017", masks=False)
+    assert empty not in data.image_ids and len(data) == TRAIN_IMAGES - 1
+
+
+def test_a_keypoint_model_is_trained_on_persons_only(root):
+    instances, persons = ground_truth(root, "instances"), ground_truth(root, "person_keypoints")
+    data = DetectionDataset(instances, persons, instances.getImgIds(), root / "train2017", masks=False)
+    assert {label for i in range(len(data)) for label in data[i][1]["labels"].tolist()} == {1}
+
+
+def test_training_reduces_the_loss(data, monkeypatch):
+    data.image_ids = data.image_ids[:2]
+    torch.manual_seed(0)
+    model = build(PARAMS | {"image_size": {"min": 64, "max": 64}}, CLASSES, KEYPOINTS)
+    pictures, targets = zip(*(unflipped(data, i, monkeypatch) for i in range(2)), strict=True)
+
+    def loss() -> float:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return sum(v.item() for v in model.train()(list(pictures), [dict(t) for t in targets]).values())
+
+    before = loss()
+    log = detector_training.train(model, data, steps=5, batch=2, lr=1e-3, seed=0)
+    assert not model.training
+    assert [line["step"] for line in log] == [5]
+    assert log[0].keys() >= {"loss_classifier", "loss_box_reg", "loss_mask", "loss_keypoint", "loss_objectness"}
+    assert loss() < 0.95 * before

@@ -1,0 +1,143 @@
+"""A plane is its feature map, turned and tiled: nothing is lost but what its codec loses."""
+
+import numpy as np
+import pytest
+import torch
+from pytest import approx
+
+from stages.lib.params import SCALES
+from stages.lib.planes import Packing, grid, learn_packing, pack, plane_shape, unpack
+
+KINDS = ("pca", "tile")
+CHANNELS = (1, 5, 7, 32, 256)
+
+
+def packing_of(kind: str, channels: int) -> Packing:
+    if kind == "tile":
+        return Packing("tile", {}, {})
+    generator = torch.Generator().manual_seed(channels)
+    basis = torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64)).Q.float()
+    return Packing("pca", {"0": basis}, {"0": torch.randn(channels, generator=generator)})
+
+
+def noise(channels: int, height: int = 3, width: int = 4) -> torch.Tensor:
+    return torch.randn(channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("shift", [-20, 0, 20])
+def test_unpacking_undoes_packing(kind, channels, shift):
+    features, packing = noise(channels) * 3 + shift, packing_of(kind, channels)
+    plane, value_range = pack(features, "0", packing)
+    span = value_range.high - value_range.low
+    assert (unpack(plane, value_range, "0", channels, packing) - features).abs().max() < 2e-6 * span
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_planes_have_the_shape_that_the_receiver_derives(kind, channels):
+    packing = packing_of(kind, channels)
+    plane, _ = pack(noise(channels), "0", packing)
+    assert plane.shape == plane_shape(channels, 3, 4, packing)
+    assert plane.shape[0] == packing.plane_channels == (1 if kind == "pca" else 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1e-6, 0.1, 1, 1000.3])
+@pytest.mark.parametrize("shift", [-5, 0, 5])
+def test_the_range_is_float16_and_covers_every_feature(kind, scale, shift):
+    plane, value_range = pack((noise(7) + shift) * scale, "0", packing_of(kind, 7))
+    assert [np.float16(v) for v in value_range] == list(value_range)
+    assert plane.min() >= 0 and plane.max() <= 1
+    assert plane.max() - plane.min() > (0.4 if scale > 1e-3 else 0)  # and is not much wider than needed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [-2.5, -0.1, 0.0, 1.0, 0.1])
+def test_constant_maps_survive(kind, value):
+    features, packing = torch.full((5, 2, 2), value), packing_of(kind, 5)
+    plane, value_range = pack(features, "0", packing)
+    assert torch.isfinite(plane).all()
+    assert torch.allclose(unpack(plane, value_range, "0", 5, packing), features, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_map_without_range_is_known_whatever_the_codec_returns(kind):
+    packing = packing_of(kind, 5)
+    features = packing.mean["0"][:, None, None].expand(5, 2, 2) if kind == "pca" else torch.ones(5, 2, 2)
+    plane, value_range = pack(features, "0", packing)
+    assert value_range.low == value_range.high
+    assert torch.equal(unpack(plane + 0.3, value_range, "0", 5, packing), features)
+
+
+@pytest.mark.parametrize("channels", [7, 32])
+def test_tiles_are_placed_row_by_row(channels):
+    packing = Packing("tile", {}, {})
+    features = noise(channels)
+    plane, (low, high) = pack(features, "0", packing)
+    _, columns = grid(-(-channels // 3))
+    for c in range(channels):
+        tile, colour = divmod(c, 3)
+        row, column = divmod(tile, columns)
+        part = plane[colour, 3 * row : 3 * row + 3, 4 * column : 4 * column + 4]
+        assert torch.allclose(part * (high - low) + low, features[c], atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [5, 32, 256])
+def test_the_error_of_a_pca_plane_is_the_error_of_its_features(channels):
+    features, packing = noise(channels), packing_of("pca", channels)
+    plane, value_range = pack(features, "0", packing)
+    rows, columns = grid(channels)
+    bent = (plane + 0.02 * torch.randn(plane.shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
+    used = torch.ones(rows * columns, dtype=torch.bool)
+    used[channels:] = False
+    inside = used.view(rows, 1, columns, 1).expand(rows, 3, columns, 4).reshape(plane[0].shape)
+    of_plane = ((bent - plane)[0][inside]).square().mean().item() * (value_range.high - value_range.low) ** 2
+    of_features = (unpack(bent, value_range, "0", channels, packing) - features).square().mean().item()
+    assert of_features == approx(of_plane, rel=1e-4)
+
+
+@pytest.mark.parametrize(("tiles", "expected"), [(1, (1, 1)), (32, (8, 4)), (256, (16, 16)), (86, (10, 9))])
+def test_known_grids(tiles, expected):
+    assert grid(tiles) == expected
+
+
+def test_every_tile_has_a_place_and_no_row_or_column_is_empty():
+    for tiles in range(1, 300):
+        rows, columns = grid(tiles)
+        assert rows * columns >= tiles
+        assert (rows - 1) * columns < tiles and rows * (columns - 1) < tiles
+        assert columns <= rows <= 2 * columns or tiles == 2
+
+
+def sums(samples: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
+    return samples.shape[1], samples.sum(1), samples @ samples.T
+
+
+def test_the_learned_basis_is_numpys_eigenbasis():
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    samples = mix @ torch.randn(6, 500, generator=generator, dtype=torch.float64) + 4
+    packing = learn_packing("pca", {scale: sums(samples) for scale in SCALES})
+    values, vectors = np.linalg.eigh(np.cov(samples.numpy(), bias=True))
+    basis = packing.basis["2"].double().numpy()
+    assert packing.mean["2"].numpy() == approx(samples.mean(1).numpy(), abs=1e-5)
+    assert np.abs(basis @ vectors[:, ::-1]) == approx(np.eye(6), abs=1e-5)  # the same but for signs
+    assert basis @ basis.T == approx(np.eye(6), abs=1e-6)
+    assert (np.take_along_axis(basis, np.abs(basis).argmax(1)[:, None], 1) > 0).all()  # and the signs are fixed
+    variance = (basis @ (samples.numpy() - samples.mean(1, keepdim=True).numpy())).var(1)
+    assert variance == approx(values[::-1], rel=1e-4)
+    assert (np.diff(variance) < 0).all()
+
+
+def test_channels_that_never_change_leave_the_basis_orthonormal():
+    samples = torch.zeros(4, 50, dtype=torch.float64)
+    samples[0] = torch.linspace(-1, 1, 50)
+    packing = learn_packing("pca", {scale: sums(samples) for scale in SCALES})
+    assert torch.allclose(packing.basis["0"] @ packing.basis["0"].T, torch.eye(4), atol=1e-6)
+    assert packing.basis["0"][0, 0] == approx(1)
+
+
+def test_tiling_learns_nothing():
+    assert learn_packing("tile", {}) == Packing("tile", {}, {})
