@@ -52,7 +52,9 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
     save_codec(out, FeatureCodec(codec, packing, channels), config)
     write_csv(reports / "loss.csv", pd.DataFrame(log, columns=["step", "loss", "bpp_plane", "mse"]))
     fit = Features(features, "fit")
-    curves = codec_training.rate_distortion(fit, fit.image_ids[:SHOWN], load_codec(out), params["lambdas"], name)
+    trained = codec.log_lambdas.exp().tolist()  # not params' lambdas: another one must not retrain the codec
+    lambdas = {f"{lmbda:.3g}": lmbda for lmbda in trained}
+    curves = codec_training.rate_distortion(fit, fit.image_ids[:SHOWN], load_codec(out), lambdas, name)
     write_csv(reports / "rate_distortion.csv", curves)
 
 

@@ -13,7 +13,7 @@ from torchvision.models import get_model_weights
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.detector_training import DetectionDataset, train
 from stages.lib.models import build, load_weights, read_checkpoint, save_model
-from stages.lib.params import entry, load_params
+from stages.lib.params import InputError, entry, load_params
 
 
 def main(splits: Path, name: str, out: Path) -> None:
@@ -30,7 +30,14 @@ def main(splits: Path, name: str, out: Path) -> None:
     network = build(model, num_classes, num_keypoints)
     weights, downloaded = model["weights"], False
     if weights and not Path(weights).suffix:  # a name such as COCO_V1; torchvision checks its own hash
-        state = get_model_weights(model["architecture"])[weights].get_state_dict(progress=True, check_hash=True)
+        try:
+            known = get_model_weights(model["architecture"])[weights]
+        except (ValueError, KeyError):
+            raise InputError(
+                f"params.yaml: models.{name}.weights is {weights!r}: torchvision has no such weights of "
+                f"{model['architecture']}; give a file (with its suffix), a name such as COCO_V1, or null"
+            ) from None
+        state = known.get_state_dict(progress=True, check_hash=True)
         load_weights(network, state, weights)
         downloaded = True
     elif weights:

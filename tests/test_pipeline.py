@@ -97,7 +97,7 @@ def test_a_rerun_starts_no_stage(smoke: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "runs", "rests"),
     [
-        ("q2: 0.0015", "q2: 0.0016", {"compress@small-elic-q2", "measure@small-elic-q2"}, {"compress@small-elic-q1"}),
+        ("q2: 0.0015", "q2: 0.0016", {"compress@small-elic-q2"}, {"compress@small-elic-q1", "measure@small-elic-q1"}),
         ("q2, points: 5}\n  seg", "q2, points: 6}\n  seg", {"allocate@detection-elic"}, {"allocate@keypoints-elic"}),
         ("bootstrap: 20", "bootstrap: 21", {"evaluate@detection-elic", "report"}, {"allocate@detection-elic"}),
     ],
@@ -112,7 +112,8 @@ def test_a_changed_number_reruns_what_depends_on_it(
         change(smoke, new, old)
     assert runs <= planned
     assert not rests & planned
-    assert not {"prepare", "train_model@small", "extract@small"} & planned
+    # What follows from a rerun is known only once it has run, so a dry run names the first stages only.
+    assert not {"prepare", "train_model@small", "extract@small", "train_codec@small-elic"} & planned
 
 
 def test_a_second_run_from_scratch_gives_the_same_bytes(smoke: Path) -> None:
