@@ -14,7 +14,7 @@ from stages.lib.params import InputError, entry, load_params
 from stages.lib.planes import Packing
 
 SHOWN = 24  # images behind the rate-distortion curves
-CONFIG = ("packing", "N", "M", "groups", "lambda_range", "gains")
+CONFIG = ("packing", "N", "M", "groups", "context", "lambda_range", "gains")
 
 
 def main(features: Path, model: str, name: str, out: Path, reports: Path) -> None:

@@ -141,7 +141,11 @@ BAD = [  # kind, change, what the line must name
     ("instances", first("annotations", segmentation={"size": [9, 9], "counts": [81]}), r"of size \[23, 17\]"),
     ("instances", first("annotations", segmentation={"size": [23, 17], "counts": [5]}), "run-length code"),
     ("instances", first("annotations", segmentation={"size": [23, 17], "counts": "z" * 40}), "run-length code"),
-    ("instances", lambda data: [item.update(iscrowd=1) for item in data["annotations"]], "nothing is annotated"),
+    (
+        "instances",
+        lambda data: [item.update(iscrowd=1) for item in data["annotations"]],
+        "0 of the 2 images of the split train are annotated, 1",
+    ),
     ("person_keypoints", first("images", file_name="9.png"), "file_name is '9.png'"),
     ("person_keypoints", first("annotations", keypoints=[1, 2, 2]), r"keypoints is \[1, 2, 2\]: its category has 2"),
     ("person_keypoints", first("annotations", keypoints=[1, 2, 2, 1, NAN, 2]), "keypoints is .*nan"),
@@ -158,7 +162,7 @@ BAD = [  # kind, change, what the line must name
     (
         "person_keypoints",
         lambda data: [item.update(num_keypoints=0) for item in data["annotations"]],
-        "nothing is annotated in the 2 images of the split train",
+        "0 of the 2 images of the split train are annotated, 1 needed",
     ),
 ]
 

@@ -11,7 +11,7 @@ from pytest import approx
 
 from stages import train_codec
 from stages.lib import codec_training
-from stages.lib.codec_training import fit_packing, random_crops, rate_distortion
+from stages.lib.codec_training import JPEG_QUALITIES, fit_packing, random_crops, rate_distortion
 from stages.lib.coding import FeatureCodec, build_codec, decode_scale, encode_scale, load_codec, save_codec
 from stages.lib.features import Features, write_features
 from stages.lib.files import read_csv
@@ -21,7 +21,15 @@ from stages.lib.planes import Packing, grid, pack
 
 CHANNELS = 4  # tiled 2 x 2
 SIDES = {"0": 48, "1": 24, "2": 12, "3": 6, "pool": 3}  # planes of 96, 48, 24, 12, 6 px
-CONFIG = {"packing": "pca", "N": 16, "M": 32, "groups": [8, 24], "lambda_range": [1e-4, 0.05], "gains": 3}
+CONFIG = {
+    "packing": "pca",
+    "N": 16,
+    "M": 32,
+    "groups": [8, 24],
+    "context": {"widths": [8, 8], "kernel": 3},
+    "lambda_range": [1e-4, 0.05],
+    "gains": 3,
+}
 LAMBDAS = {"q1": 0.0002, "q2": 0.02}
 PLAIN = Packing("pca", {s: torch.eye(CHANNELS) for s in SCALES}, {s: torch.zeros(CHANNELS) for s in SCALES})
 
@@ -203,7 +211,8 @@ def test_zero_steps_keep_the_given_weights(run, codec_file, tmp_path):
         assert part.keys() == expected.keys()
         assert all(torch.equal(part[name], expected[name]) for name in part)
     assert read_csv(tmp_path / "reports" / "loss.csv").columns.tolist() == ["step", "loss", "bpp_plane", "mse"]
-    assert len(read_csv(tmp_path / "reports" / "rate_distortion.csv")) == len(SCALES) * (2 + 9)
+    curves = read_csv(tmp_path / "reports" / "rate_distortion.csv")
+    assert len(curves) == len(SCALES) * (CONFIG["gains"] + len(JPEG_QUALITIES))
 
 
 def edited(codec_file: Path, path: Path, edit) -> Path:

@@ -14,10 +14,10 @@ from pytest import approx
 
 from stages.lib import coding
 from stages.lib.coding import (
+    CodedSplit,
     FeatureCodec,
     build_codec,
     decode_scale,
-    decode_split,
     encode_scale,
     load_codec,
     pyramid_shapes,
@@ -33,7 +33,14 @@ from stages.lib.planes import Packing, pack, plane_shape, unpack
 
 CHANNELS = 5
 LMBDA = 0.005
-CONFIG = {"N": 16, "M": 32, "groups": [8, 24], "lambda_range": [1e-4, 0.05], "gains": 3}
+CONFIG = {
+    "N": 16,
+    "M": 32,
+    "groups": [8, 24],
+    "context": {"widths": [8, 8], "kernel": 3},
+    "lambda_range": [1e-4, 0.05],
+    "gains": 3,
+}
 MODEL = {"architecture": "resnet10_fpn", "image_size": {"min": 64, "max": 96}}
 SQUARE, WIDE = Sizes((60, 60), (64, 64), (64, 64)), Sizes((40, 60), (64, 96), (64, 96))
 IMAGES = [("fit", 31, SQUARE), ("fit", 2, WIDE), ("fit", 40, SQUARE), ("test", 7, WIDE)]
@@ -81,7 +88,8 @@ def coded(feature_codec, features_file, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("coded")
     splits = [Features(features_file, split) for split in ("fit", "test")]
     write_coded(folder / "q.h5", folder / "q.csv", splits, feature_codec, LMBDA)
-    decoded = {s.split: list(decode_split(folder / "q.h5", feature_codec, s.split)) for s in splits}
+    records = [CodedSplit(folder / "q.h5", s.split) for s in splits]
+    decoded = {r.split: [(ids, r.decode(ids, feature_codec)) for ids in r.batches()] for r in records}
     return SimpleNamespace(path=folder / "q.h5", ledger=read_csv(folder / "q.csv"), splits=splits, decoded=decoded)
 
 
@@ -105,7 +113,7 @@ def test_the_ledger_counts_every_byte_of_a_record(length, header):
     fake_codec = FeatureCodec(fake, Packing("tile", {}, {}), 3)
     maps = torch.linspace(-1.2, 3.4, 48).view(1, 3, 4, 4)
     (record,) = encode_scale(maps, "0", 77, fake_codec)
-    line = coding._line(record, 16)
+    line = coding._ledger_line(record, 16)
     assert line["bytes_header"] == header
     parts = ("bytes_header", "bytes_range", "bytes_hyper", "bytes_latent")
     assert sum(line[part] for part in parts) == len(record.data) == line["bits"] / 8
@@ -213,13 +221,13 @@ def test_the_same_features_give_the_same_bytes(coded, feature_codec, tmp_path):
     assert (tmp_path / "q.csv").read_bytes() == coded.path.with_suffix(".csv").read_bytes()
 
 
-def test_a_coded_file_that_cannot_be_read_is_named(feature_codec, coded, tmp_path):
+def test_a_coded_file_that_cannot_be_read_is_named(coded, tmp_path):
     (tmp_path / "q.h5").write_text("no HDF5")
     for path in (tmp_path / "q.h5", tmp_path / "absent.h5"):
         with pytest.raises(InputError, match=path.name):
-            next(decode_split(path, feature_codec, "fit"))
+            CodedSplit(path, "fit")
     with pytest.raises(InputError, match="q.h5.*'train'"):
-        next(decode_split(coded.path, feature_codec, "train"))
+        CodedSplit(coded.path, "train")
 
 
 @pytest.mark.parametrize("padded", [(32, 32), (64, 96), (96, 32), (160, 224)])

@@ -10,12 +10,13 @@ from torch import nn
 
 from stages.lib.elic import SCALE_TABLE, Elic
 
+CONTEXT = {"widths": [8, 8], "kernel": 3}
 LAMBDAS = (1e-4, 0.05)
 
 
 def tiny(plane_channels: int = 1) -> Elic:
     torch.manual_seed(0)
-    return Elic(plane_channels, 16, 32, [8, 24], LAMBDAS, 4).eval().update()
+    return Elic(plane_channels, 16, 32, [8, 24], CONTEXT, LAMBDAS, 4).eval().update()
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def codec() -> Elic:
 @pytest.fixture(scope="module")
 def haar() -> Elic:
     torch.manual_seed(0)
-    return Elic(1, 64, 256, [16, 48, 192], LAMBDAS, 8).haar_start().eval().update()
+    return Elic(1, 64, 256, [16, 48, 192], CONTEXT, LAMBDAS, 8).haar_start().eval().update()
 
 
 def planes(n: int, *shape: int) -> torch.Tensor:

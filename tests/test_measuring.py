@@ -15,9 +15,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
-from stages.lib import measuring, shapes
+from stages.lib import measuring, shapes, shards
 from stages.lib.accuracy import average_precision, match, merge, results
-from stages.lib.coding import FeatureCodec, decode_split, pyramid_shapes, write_coded
+from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes, write_coded
 from stages.lib.elic import Coded
 from stages.lib.features import Features, write_features
 from stages.lib.files import read_csv, write_csv
@@ -164,9 +164,10 @@ def clean_pyramids(features: Features) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def decoded_pyramids(path: Path, feature_codec: FeatureCodec) -> dict[int, dict[str, torch.Tensor]]:
+    records = CodedSplit(path, "test")
     return {
-        image_id: {s: p[k] for s, p in pyramid.items()}
-        for ids, pyramid in decode_split(path, feature_codec, "test")
+        image_id: {s: p[k] for s, p in records.decode(ids, feature_codec).items()}
+        for ids in records.batches()
         for k, image_id in enumerate(ids)
     }
 
@@ -181,11 +182,8 @@ def fake_ledger(path: Path, errors: dict[tuple[int, str], float]) -> Path:
 
 
 def test_features_decoded_without_error_lose_nothing(seer, features, tmp_path, monkeypatch):
-    def decode(coded, feature_codec, split):
-        yield features.image_ids[:4], features.pyramids(features.image_ids[:4])
-        yield features.image_ids[4:], features.pyramids(features.image_ids[4:])
-
-    monkeypatch.setattr(measuring, "decode_split", decode)
+    without_error = SimpleNamespace(decode=lambda image_ids, _: features.pyramids(image_ids))
+    monkeypatch.setattr(measuring, "CodedSplit", lambda path, split: without_error)
     ledger = fake_ledger(tmp_path / "q.csv", {(i, s): 0.0 for i in features.image_ids for s in SCALES})
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
     losses = single_scale_losses(seer, features, tmp_path / "q.h5", None, ledger, truth)
@@ -242,9 +240,19 @@ def test_a_changed_coded_file_is_refused(seer, features, feature_codec, coded, t
 def test_a_changed_ledger_is_refused(seer, features, feature_codec, coded, tmp_path):
     path, ledger = copy_of(coded, tmp_path)
     lines = read_csv(ledger)
-    write_csv(ledger, lines.assign(mse_feature=lines["mse_feature"] * np.where(lines.index == 8, 1.05, 1)))
+    write_csv(ledger, lines.assign(mse_feature=lines["mse_feature"] * np.where(lines.index == 8, 1.005, 1)))
     with pytest.raises(InputError, match=f"q1.h5.*image {features.image_ids[1]}, scale 3"):
         measure(seer, features, feature_codec, path, ledger)
+
+
+def test_evaluate_refuses_a_changed_coded_file(seer, features, feature_codec, coded, allocation, tmp_path):
+    for quality in QUALITIES:
+        copy_of(coded, tmp_path, quality)
+    with h5py.File(tmp_path / "q2.h5", "r+") as file:
+        at = file["test/offsets"][5]
+        file["test/data"][at + 4] = file["test/data"][at + 4] ^ 4
+    with pytest.raises(InputError, match=f"q2.h5.*image {features.image_ids[1]}, scale 0"):
+        points_of(seer, features, feature_codec, tmp_path, allocation, "detection")
 
 
 def test_a_ledger_of_other_images_is_refused(seer, features, feature_codec, coded, tmp_path):
@@ -351,7 +359,8 @@ def test_resamples_of_equal_choices_are_equal(seer, features, feature_codec, cod
         assert rows["bits_per_image"].min() <= line["bits_per_image"] <= rows["bits_per_image"].max()
 
 
-def test_equal_choices_pass_the_heads_once(seer, features, feature_codec, coded, image_ids):
+def test_equal_choices_pass_the_heads_once(seer, features, feature_codec, coded, image_ids, monkeypatch):
+    monkeypatch.setattr(shards, "WORKERS", 0)  # a worker's passes are not counted here
     table = allocation_of(image_ids, uniform=[lambda k, s: 1], copied=[lambda k, s: 1] * 3)
     points_of(seer, features, feature_codec, coded, table, "detection")
     assert seer.passes == 2 * len(image_ids)  # uncoded and q2

@@ -250,9 +250,11 @@ def _is_rle(value: Item, height: int, width: int) -> bool:
 def _check_not_empty(path: Path, chosen: dict[str, list[Item]], annotated: Iterable[int]) -> None:
     ids = set(annotated)
     for name, images in chosen.items():
-        if not any(image["id"] in ids for image in images):
+        needed = 2 if name == "fit" else 1  # one to learn from, one to validate
+        found = sum(image["id"] in ids for image in images)
+        if found < needed:
             raise InputError(
-                f"{path}: nothing is annotated in the {len(images)} images of the split {name}; "
+                f"{path}: {found} of the {len(images)} images of the split {name} are annotated, {needed} needed; "
                 f"raise prepare.images.{name}, or remove the task from the models"
             )
 

@@ -110,7 +110,8 @@ def rate_distortion(
     """Real bits and PSNR of the codec, and of JPEG on the plainly tiled planes, over some images: one row a point.
 
     Both are measured on the features: PSNR = 10 log10(span^2 / MSE), span the image's own range of feature values.
-    bpp_plane counts what is sent for the scale; JPEG's headers are left out of its rate, in its favour.
+    bpp_plane counts what is sent for the scale, per pixel of the grey plane (a feature value each), for both; JPEG's
+    headers and tables are left out of its rate, in its favour.
     """
     rows = []
     wanted = set(image_ids)
@@ -119,7 +120,7 @@ def rate_distortion(
         stacks = [torch.stack([features.scale(i, scale) for i in batch]) for batch in batches if batch]
         maps = [m for stack in stacks for m in stack]
         spans = np.array([(m.max() - m.min()).item() for m in maps])
-        pixels = sum(m.numel() for m in maps)
+        pixels = sum(m.numel() for m in maps)  # of the grey plane, also for codecs of three channels
         for quality, lmbda in lambdas.items():
             level = feature_codec.codec.level(lmbda)
             records = [record for stack in stacks for record in encode_scale(stack, scale, level, feature_codec)]
@@ -149,5 +150,5 @@ def _jpeg(features: Tensor, scale: str, quality: int) -> tuple[int, float]:
     data = buffer.getvalue()
     decoded = torch.from_numpy(np.asarray(Image.open(buffer), dtype=np.float32) / 255)[None]
     received = unpack(decoded, Range(0.0, 1.0), scale, len(features), grey)  # tiles without a channel do not count
-    scan = len(data) - data.index(b"\xff\xda")  # tables and headers are the same for every plane
+    scan = len(data) - data.index(b"\xff\xda")  # without headers and tables
     return scan, (received - unit).square().mean().item()

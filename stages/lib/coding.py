@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from stages.lib.elic import CODING_BATCH, Elic
-from stages.lib.features import Features, batches_by_size, sizes_from
+from stages.lib.features import Features, SplitFile, batches_by_size, sizes_from
 from stages.lib.files import atomic, write_csv
 from stages.lib.models import DEVICE, load_weights, read_checkpoint
 from stages.lib.params import SCALES, InputError
 from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
 from stages.lib.progress import progress
+from stages.lib.shards import map_shards
 
 IMAGE_HEADER_BYTES = 8
 RANGE = struct.Struct("<ee")
@@ -80,6 +81,7 @@ def build_codec(config: dict) -> Elic:
         config["N"],
         config["M"],
         config["groups"],
+        config["context"],
         config["lambda_range"],
         config["gains"],
     )
@@ -147,21 +149,30 @@ def pyramid_shapes(padded: tuple[int, int]) -> dict[str, tuple[int, int]]:
     return shapes | {"pool": (-(-height // 2), -(-width // 2))}  # max_pool2d(kernel 1, stride 2)
 
 
+class Line(NamedTuple):
+    """One coded scale of one image, and the pixels of its plane."""
+
+    scale: str
+    pixels: int
+    record: Record
+
+
 def compress_split(
     features: Features, feature_codec: FeatureCodec, lmbda: float
-) -> Iterator[tuple[int, str, int, Record]]:
-    """Every image and scale of a split -> (image id, scale, pixels of the plane, record), in the order of `batches`."""
+) -> Iterator[tuple[list[int], list[list[Line]]]]:
+    """Every image of a split, in the order of `batches` -> (image ids, lines of each image), batch by batch."""
     level = feature_codec.codec.level(lmbda)
-    batches, total = features.batches(CODING_BATCH), len(features.image_ids)
-    for image_ids in progress(batches, f"compress {features.split}", total, len):
-        pyramids = features.pyramids(image_ids)
-        coded = {scale: encode_scale(pyramids[scale], scale, level, feature_codec) for scale in SCALES}
-        for i, image_id in enumerate(image_ids):
-            for scale in SCALES:
-                c, height, width = plane_shape(
-                    feature_codec.channels, *pyramids[scale].shape[2:], feature_codec.packing
-                )
-                yield image_id, scale, height * width, coded[scale][i]
+
+    def code(image_ids: list[int]) -> tuple[list[int], list[list[Line]]]:
+        lines: list[list[Line]] = [[] for _ in image_ids]
+        for scale, maps in features.pyramids(image_ids).items():
+            _, height, width = plane_shape(feature_codec.channels, *maps.shape[2:], feature_codec.packing)
+            for line, record in zip(lines, encode_scale(maps, scale, level, feature_codec), strict=True):
+                line.append(Line(scale, height * width, record))
+        return image_ids, lines
+
+    batches, total = map_shards(code, features.batches(CODING_BATCH)), len(features.image_ids)
+    return progress(batches, f"compress {features.split}", total, lambda batch: len(batch[0]))
 
 
 def write_coded(
@@ -176,12 +187,14 @@ def write_coded(
         with h5py.File(scratch, "w") as file:
             for features in splits:
                 image_ids, lengths, chunks = [], [], []
-                for image_id, scale, pixels, record in compress_split(features, feature_codec, lmbda):
-                    if scale == SCALES[0]:
-                        image_ids.append(image_id)
-                    lengths.append(len(record.data))
-                    chunks.append(record.data)
-                    rows.append({"split": features.split, "image_id": image_id, "scale": scale} | _line(record, pixels))
+                for batch, coded in compress_split(features, feature_codec, lmbda):
+                    image_ids += batch
+                    for image_id, lines in zip(batch, coded, strict=True):
+                        for scale, pixels, record in lines:
+                            lengths.append(len(record.data))
+                            chunks.append(record.data)
+                            key = {"split": features.split, "image_id": image_id, "scale": scale}
+                            rows.append(key | _ledger_line(record, pixels))
                 group = file.create_group(features.split)
                 group["image_ids"] = np.array(image_ids, dtype=np.int64)
                 group["sizes"] = np.array([features.sizes(i) for i in image_ids], dtype=np.int32).reshape(-1, 6)
@@ -190,7 +203,7 @@ def write_coded(
         write_csv(ledger_path, pd.DataFrame(rows))
 
 
-def _line(record: Record, pixels: int) -> dict[str, float]:
+def _ledger_line(record: Record, pixels: int) -> dict[str, float]:
     return {
         "pixels": pixels,
         "bytes_latent": record.bytes_latent,
@@ -204,27 +217,30 @@ def _line(record: Record, pixels: int) -> dict[str, float]:
     }
 
 
-def decode_split(coded: Path, feature_codec: FeatureCodec, split: str) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of a coded split: (image ids, decoded pyramids scale -> [N, C, H, W])."""
-    try:
-        file = h5py.File(coded, "r")
-    except OSError as error:
-        raise InputError(f"{coded}: cannot be read as HDF5 ({error}); run `compress` again") from None
-    with file:
-        if split not in file:
-            raise InputError(f"{coded}: has no split {split!r}; run `compress` again")
-        group = file[split]
-        image_ids, offsets, data = group["image_ids"][:].tolist(), group["offsets"][:], group["data"]
-        row = {image_id: i for i, image_id in enumerate(image_ids)}
-        sizes = {i: sizes_from(numbers) for i, numbers in zip(image_ids, group["sizes"][:].tolist(), strict=True)}
-        for batch in batches_by_size(sizes, CODING_BATCH):
-            shapes = pyramid_shapes(sizes[batch[0]].padded)
-            pyramid = {}
-            for s, scale in enumerate(SCALES):
-                at = [row[image_id] * len(SCALES) + s for image_id in batch]
-                records = [data[offsets[k] : offsets[k + 1]].tobytes() for k in at]
-                pyramid[scale] = decode_scale(records, scale, shapes[scale], feature_codec)
-            yield batch, pyramid
+class CodedSplit(SplitFile):
+    """Reader of one split of a file of records."""
+
+    def __init__(self, path: Path, split: str):
+        super().__init__(path, split, "compress")
+        group = self.group
+        self.image_ids, self._offsets = group["image_ids"][:].tolist(), group["offsets"][:]
+        self._row = {image_id: i for i, image_id in enumerate(self.image_ids)}
+        sizes = group["sizes"][:].tolist()
+        self._sizes = {i: sizes_from(numbers) for i, numbers in zip(self.image_ids, sizes, strict=True)}
+
+    def batches(self) -> Iterator[list[int]]:
+        """Image ids in batches of one padded size, as `decode` takes them."""
+        return batches_by_size(self._sizes, CODING_BATCH)
+
+    def decode(self, image_ids: list[int], feature_codec: FeatureCodec) -> dict[str, Tensor]:
+        """Decoded pyramids of images of one padded size: scale -> [N, C, H, W] on DEVICE."""
+        shapes = pyramid_shapes(self._sizes[image_ids[0]].padded)
+        data, pyramid = self.group["data"], {}
+        for s, scale in enumerate(SCALES):
+            at = [self._row[image_id] * len(SCALES) + s for image_id in image_ids]
+            records = [data[self._offsets[k] : self._offsets[k + 1]].tobytes() for k in at]
+            pyramid[scale] = decode_scale(records, scale, shapes[scale], feature_codec)
+        return pyramid
 
 
 def _length(value: int) -> bytes:

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -98,7 +97,7 @@ def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: 
         batch,
         sampler=order,
         num_workers=1,
-        collate_fn=lambda items: tuple(zip(*items, strict=True)),
+        collate_fn=_columns,
         generator=torch.Generator().manual_seed(seed),
     )
     log, window = [], []
@@ -118,7 +117,8 @@ def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: 
         window.append({k: v.item() for k, v in losses.items()})
         if step % 100 == 0 or step == steps:
             log.append({"step": step} | {k: sum(w[k] for w in window) / len(window) for k in window[0]})
-            print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
+            if rank == 0:
+                print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
             window = []
     if processes > 1:
         average([b for b in model.buffers() if b.is_floating_point()])  # statistics of the batch norms
@@ -126,8 +126,14 @@ def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: 
     return log
 
 
+def _columns(items: list[tuple]) -> tuple[tuple, ...]:
+    """Items (image, target) -> (images, targets): both differ in size, so they are not stacked."""
+    return tuple(zip(*items, strict=True))
+
+
 def average(tensors: list[Tensor]) -> None:
-    """Replace tensors by their mean over all processes."""
-    flat = parameters_to_vector(tensors)
+    """Replace tensors by their mean over all processes, in one message."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    vector_to_parameters(flat / dist.get_world_size(), tensors)
+    for tensor, mean in zip(tensors, flat.div_(dist.get_world_size()).split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from compressai.ans import RansDecoder, RansEncoder
-from compressai.layers import AttentionBlock
+from compressai.layers import AttentionBlock, CheckerboardMaskedConv2d
 from compressai.models import Elic2022Official
 from compressai.models.sensetime import ResidualBottleneckBlock
+from compressai.models.utils import conv
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -45,24 +46,48 @@ class Elic(nn.Module):
     Args:
         plane_channels: 1 or 3.
         N, M, groups: widths of the network, as in compressai's Elic2022Official; sum(groups) == M.
+        context: widths of the two hidden layers of the channel context, and the kernel of both contexts; compressai's
+            and the paper's are {widths: [224, 128], kernel: 5}, most of the weights of a small network.
         lambda_range: lowest and highest trained lambda.
         gains: number of trained gain vectors, log-spaced in lambda over the range.
     """
 
     def __init__(
-        self, plane_channels: int, N: int, M: int, groups: list[int], lambda_range: tuple[float, float], gains: int
+        self,
+        plane_channels: int,
+        N: int,
+        M: int,
+        groups: list[int],
+        context: dict[str, Any],
+        lambda_range: tuple[float, float],
+        gains: int,
     ):
         super().__init__()
         self.net = Elic2022Official(N=N, M=M, groups=groups)
         if plane_channels != 3:
             self.net.g_a[0] = nn.Conv2d(plane_channels, N, 5, 2, 2)
             self.net.g_s[-1] = nn.ConvTranspose2d(N, plane_channels, 5, 2, 2, 1)
+        self._set_context(groups, *context["widths"], context["kernel"])
         low, high = map(math.log, lambda_range)
         self.register_buffer("log_lambdas", torch.linspace(low, high, gains))
         # An orthonormal transform meets lambda with noise D = 1 / (2 ln 2 lambda 255^2), so with a step sqrt(12 D).
         gain = 0.5 * (self.log_lambdas + math.log(2 * math.log(2) * 255**2 / 12))
         self.log_gain = nn.Parameter(gain[:, None].repeat(1, M))
         self.log_inverse = nn.Parameter(-gain[:, None].repeat(1, M))
+
+    def _set_context(self, groups: list[int], first: int, second: int, kernel: int) -> None:
+        """Channel and checkerboard context as in compressai's Elic2022Official, of other widths."""
+        latent = self.net.latent_codec["y"]
+        for k, width in enumerate(groups):
+            latent[f"y{k}"].context_prediction = CheckerboardMaskedConv2d(width, 2 * width, kernel, 1, kernel // 2)
+            if k > 0:
+                latent.channel_context[f"y{k}"] = nn.Sequential(
+                    conv(sum(groups[:k]), first, kernel, stride=1),
+                    nn.ReLU(inplace=True),
+                    conv(first, second, kernel, stride=1),
+                    nn.ReLU(inplace=True),
+                    conv(second, 2 * width, kernel, stride=1),
+                )
 
     def position(self, lmbda: Tensor) -> Tensor:
         """Where lambdas lie among the trained ones, in [0, gains - 1]."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,33 +27,51 @@ def write_features(path: Path, items: Iterable[tuple[str, int, dict[str, Tensor]
             group = file.create_group(f"{split}/{image_id}")
             group.attrs["sizes"] = np.array(sizes, dtype=np.int32).ravel()
             for scale in SCALES:
-                group.create_dataset(scale, data=pyramid[scale][0].cpu().numpy().astype(dtype))
+                features = pyramid[scale][0].cpu().numpy()
+                if not np.linalg.norm(features, axis=0).max() < np.finfo(np.float16).max:  # bounds any channel rotation
+                    raise InputError(
+                        f"image {image_id} of {split}: the features of scale {scale} are not finite, or beyond what "
+                        "float16 holds; train the model again, or give other weights"
+                    )
+                group.create_dataset(scale, data=features.astype(dtype))
 
 
-class Features:
-    """Reader of one split of a feature file; opens it on first use, so it can be handed to worker processes."""
+class SplitFile:
+    """One split of an HDF5 file; every process that reads it opens it for itself, on first use.
 
-    def __init__(self, path: Path, split: str):
-        self.path, self.split = path, split
+    stage: what writes such a file, for the message of InputError.
+    """
+
+    def __init__(self, path: Path, split: str, stage: str):
+        self.path, self.split, self._stage = path, split, stage
         self._file: h5py.File | None = None
-        self.image_ids = sorted(int(name) for name in self._group())
+        self._process = os.getpid()
 
-    def _group(self) -> h5py.Group:
-        if self._file is None:
+    @property
+    def group(self) -> h5py.Group:
+        if self._file is None or self._process != os.getpid():
             try:
-                self._file = h5py.File(self.path, "r")
+                self._file, self._process = h5py.File(self.path, "r"), os.getpid()
             except OSError as error:
-                raise InputError(f"{self.path}: cannot be read as HDF5 ({error}); run `extract` again") from None
+                raise InputError(f"{self.path}: cannot be read as HDF5 ({error}); run `{self._stage}` again") from None
         if self.split not in self._file:
-            raise InputError(f"{self.path}: has no split {self.split!r}; run `extract` again")
+            raise InputError(f"{self.path}: has no split {self.split!r}; run `{self._stage}` again")
         return self._file[self.split]
 
+
+class Features(SplitFile):
+    """Reader of one split of a feature file."""
+
+    def __init__(self, path: Path, split: str):
+        super().__init__(path, split, "extract")
+        self.image_ids = sorted(int(name) for name in self.group)
+
     def sizes(self, image_id: int) -> Sizes:
-        return sizes_from(self._group()[str(image_id)].attrs["sizes"].tolist())
+        return sizes_from(self.group[str(image_id)].attrs["sizes"].tolist())
 
     def scale(self, image_id: int, scale: str) -> Tensor:
         """One feature map [C, H, W], float32."""
-        return torch.from_numpy(self._group()[f"{image_id}/{scale}"][:].astype(np.float32))
+        return torch.from_numpy(self.group[f"{image_id}/{scale}"][:].astype(np.float32))
 
     def batches(self, size: int) -> Iterator[list[int]]:
         """Image ids in batches of up to `size` images of one padded size."""

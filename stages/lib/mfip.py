@@ -83,12 +83,12 @@ def describe(pyramid: dict[str, Tensor]) -> Tensor:
 
 
 def train(
-    pyramids: Iterable[tuple[list[int], dict[str, Tensor]]],
+    described: Iterable[tuple[list[int], np.ndarray]],
     labels: dict[int, np.ndarray],
     params: dict,
     seed: int,
 ) -> Trained:
-    """Batches (image ids, scale -> [N, C, H_s, W_s]) and labels, id -> [5] or NaN, to a network or the constant.
+    """Batches (image ids, their `describe` [N, 5, 3 C]) and labels, id -> [5] or NaN, to a network or the constant.
 
     `params` is the section mfip of params.yaml. Images whose label is NaN are predicted, not trained on. By 5-fold
     cross-validation (fold = index mod 5) the network is compared with the constant, the mean weight of the training
@@ -98,7 +98,7 @@ def train(
     report: n_images, n_labelled, flags, epoch (of the model; 0: the constant), mean_weight per scale, and held_out:
     {network: {kl, mae}, constant: {kl, mae}, gain: {kl, standard_error}, correlation per scale, epochs of the folds}.
     """
-    image_ids, statistics = _collect(pyramids)
+    image_ids, statistics = _collect(described)
     unknown = set(image_ids.tolist()) ^ set(labels)
     if unknown:
         raise InputError(
@@ -163,14 +163,14 @@ def load(path: Path) -> MFIP:
     return model.eval()
 
 
-def _collect(pyramids: Iterable[tuple[list[int], dict[str, Tensor]]]) -> tuple[np.ndarray, Tensor]:
+def _collect(described: Iterable[tuple[list[int], np.ndarray]]) -> tuple[np.ndarray, Tensor]:
     """Image ids [n], rising, and statistics [n, 5, 3 C]: all that is kept of the pyramids."""
     image_ids, rows = [], []
-    for batch_ids, pyramid in pyramids:
+    for batch_ids, statistics in described:
         image_ids += batch_ids
-        rows.append(describe(pyramid).cpu())
+        rows.append(statistics)
     order = np.argsort(image_ids)
-    return np.array(image_ids)[order], torch.cat(rows)[torch.from_numpy(order)]
+    return np.array(image_ids)[order], torch.from_numpy(np.concatenate(rows)[order])
 
 
 def _fit(statistics: Tensor, label: Tensor, params: dict, seed: int) -> tuple[MFIP, int]:

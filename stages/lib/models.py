@@ -44,7 +44,11 @@ def resnet10_fpn(num_classes: int, num_keypoints: int, min_size: int, max_size: 
     backbone = BackboneWithFPN(
         body, {f"layer{i + 1}": str(i) for i in range(4)}, in_channels_list=[64, 128, 256, 512], out_channels=channels
     )
-    levels = ["0", "1", "2", "3"]
+
+    def pool(output_size: int) -> MultiScaleRoIAlign:
+        # torchvision's scale 2 is for boxes around 224 px, of images of 800; here 56 px, or all would go to scale 0.
+        return MultiScaleRoIAlign(["0", "1", "2", "3"], output_size, sampling_ratio=2, canonical_scale=56)
+
     model = FasterRCNN(
         backbone,
         min_size=min_size,
@@ -57,16 +61,17 @@ def resnet10_fpn(num_classes: int, num_keypoints: int, min_size: int, max_size: 
         rpn_pre_nms_top_n_test=150,
         rpn_post_nms_top_n_test=100,
         rpn_batch_size_per_image=128,
+        box_roi_pool=pool(7),
         box_head=TwoMLPHead(channels * 7**2, 256),
         box_predictor=detection.faster_rcnn.FastRCNNPredictor(256, num_classes),
         box_batch_size_per_image=64,
         box_detections_per_img=15,
     )
     heads = model.roi_heads
-    heads.mask_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
+    heads.mask_roi_pool = pool(14)
     heads.mask_head = MaskRCNNHeads(channels, (64,) * 4, dilation=1)
     heads.mask_predictor = MaskRCNNPredictor(64, 64, num_classes)
-    heads.keypoint_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
+    heads.keypoint_roi_pool = pool(14)
     heads.keypoint_head = KeypointRCNNHeads(channels, (64,) * 4)
     heads.keypoint_predictor = KeypointRCNNPredictor(64, num_keypoints)
     return model

@@ -77,6 +77,8 @@ GROUPS = Check(
     lambda value: isinstance(value, list) and len(value) > 0 and all(is_whole(v) and v > 0 for v in value),
     "a list of whole numbers of at least 1",
 )
+WIDTHS = Check(lambda value: GROUPS.accepts(value) and len(value) == 2, "a list of two whole numbers of at least 1")
+ODD = Check(lambda value: is_whole(value) and value > 1 and value % 2 == 1, "an odd whole number of at least 3")
 RANGE = Check(
     lambda value: (
         isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and 0 < value[0] < value[1]
@@ -117,6 +119,7 @@ SCHEMA = {
             "N": whole(1),
             "M": whole(1),
             "groups": GROUPS,
+            "context": {"widths": WIDTHS, "kernel": ODD},
             "lambda_range": RANGE,
             "gains": whole(2),
             "init": TEXT_OR_NULL,

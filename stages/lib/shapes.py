@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
-from tqdm import tqdm
 
 from stages.lib.params import InputError
+from stages.lib.progress import progress
 
 SPLITS = ("train2017", "val2017")
 IDS_PER_SPLIT = 1_000_000  # image ids depend on split and index only, never on how many images are drawn
@@ -379,6 +379,6 @@ def generate(root: Path, n_train: int, n_val: int, size: int, seed: int) -> None
             (root / SPLITS[split]).mkdir(exist_ok=True)
             make = partial(make_image, root=root, split=split, size=size, seed=seed)
             results = pool.map(make, range(count), chunksize=32)
-            done = list(tqdm(results, total=count, desc=SPLITS[split], disable=None))
+            done = list(progress(results, SPLITS[split], count))
             entries = [entry for _, image_entries in done for entry in image_entries]
             write_annotations(root, split, [image for image, _ in done], entries)
