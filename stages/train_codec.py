@@ -14,24 +14,24 @@ from stages.lib.params import InputError, entry, load_params
 from stages.lib.planes import Packing
 
 SHOWN = 24  # images behind the rate-distortion curves
-CONFIG = ("packing", "N", "M", "groups", "context", "lambda_range", "gains")
+CONFIG = ("packing", "network", "lambda_range", "gains")
 
 
 def main(features: Path, model: str, name: str, out: Path, reports: Path) -> None:
     params = load_params()
     wanted = params["codecs"][name]
-    config = {key: wanted[key] for key in CONFIG}
+    config = {"codec": name} | {key: wanted[key] for key in CONFIG}
     data = Features(features, "train")
     channels = len(data.scale(data.image_ids[0], "0"))
     torch.manual_seed(params["seed"])
     codec = build_codec(config)
     if wanted["init"]:
         start = read_checkpoint(Path(wanted["init"]), "config", "packing", "channels")
-        for key in CONFIG:
-            if start["config"][key] != config[key]:
+        for key, value in config.items():
+            if start["config"].get(key) != value:
                 raise InputError(
-                    f"params.yaml: codecs.{name}.{key} is {config[key]!r}, the weights {wanted['init']} were "
-                    f"trained with {start['config'][key]!r}: use that, or init: null"
+                    f"params.yaml: codecs.{name}: {key} is {value!r}, the weights {wanted['init']} were "
+                    f"trained with {start['config'].get(key)!r}: use that, or init: null"
                 )
         if start["channels"] != channels:
             raise InputError(
@@ -42,8 +42,8 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
         packing = Packing(**start["packing"])
     else:
         packing = codec_training.fit_packing(data, config["packing"])
-        if config["packing"] == "pca" and config["N"] >= 64 and config["M"] >= 256:
-            codec.haar_start()
+        if config["packing"] == "pca":
+            codec.net.haar_start()
     log = []
     if wanted["steps"]:
         log = codec_training.train(

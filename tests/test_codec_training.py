@@ -22,11 +22,9 @@ from stages.lib.planes import Packing, grid, pack
 CHANNELS = 4  # tiled 2 x 2
 SIDES = {"0": 48, "1": 24, "2": 12, "3": 6, "pool": 3}  # planes of 96, 48, 24, 12, 6 px
 CONFIG = {
+    "codec": "elic",
     "packing": "pca",
-    "N": 16,
-    "M": 32,
-    "groups": [8, 24],
-    "context": {"widths": [8, 8], "kernel": 3},
+    "network": {"N": 16, "M": 32, "groups": [8, 24], "context": {"widths": [8, 8], "kernel": 3}},
     "lambda_range": [1e-4, 0.05],
     "gains": 3,
 }
@@ -223,7 +221,7 @@ def edited(codec_file: Path, path: Path, edit) -> Path:
 
 
 def test_given_weights_must_fit_the_configuration(run, codec_file, tmp_path):
-    with pytest.raises(InputError, match=r"codecs\.elic\.gains is 4.*codec\.pt.*3"):
+    with pytest.raises(InputError, match=r"codecs\.elic: gains is 4.*codec\.pt.*3"):
         run(codec_file, gains=4)
     other = edited(codec_file, tmp_path / "other.pt", lambda c: c.update(channels=9))
     with pytest.raises(InputError, match=r"other\.pt.*9 channels.*4"):

@@ -24,9 +24,9 @@ from stages.lib.coding import (
     save_codec,
     write_coded,
 )
-from stages.lib.elic import Coded
 from stages.lib.features import Features, write_features
 from stages.lib.files import read_csv
+from stages.lib.learned import Coded
 from stages.lib.models import Sizes, build, load_model, save_model
 from stages.lib.params import SCALES, InputError
 from stages.lib.planes import Packing, pack, plane_shape, unpack
@@ -34,10 +34,8 @@ from stages.lib.planes import Packing, pack, plane_shape, unpack
 CHANNELS = 5
 LMBDA = 0.005
 CONFIG = {
-    "N": 16,
-    "M": 32,
-    "groups": [8, 24],
-    "context": {"widths": [8, 8], "kernel": 3},
+    "codec": "elic",
+    "network": {"N": 16, "M": 32, "groups": [8, 24], "context": {"widths": [8, 8], "kernel": 3}},
     "lambda_range": [1e-4, 0.05],
     "gains": 3,
 }

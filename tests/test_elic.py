@@ -8,26 +8,27 @@ from compressai.entropy_models import GaussianConditional
 from pytest import approx
 from torch import nn
 
-from stages.lib.elic import SCALE_TABLE, Elic
+from stages.lib.elic import Elic
+from stages.lib.learned import SCALE_TABLE, LearnedCodec
 
 CONTEXT = {"widths": [8, 8], "kernel": 3}
 LAMBDAS = (1e-4, 0.05)
 
 
-def tiny(plane_channels: int = 1) -> Elic:
+def tiny(plane_channels: int = 1) -> LearnedCodec:
     torch.manual_seed(0)
-    return Elic(plane_channels, 16, 32, [8, 24], CONTEXT, LAMBDAS, 4).eval().update()
+    return LearnedCodec(Elic(plane_channels, 16, 32, [8, 24], CONTEXT), 32, LAMBDAS, 4).eval().update()
 
 
 @pytest.fixture(scope="module")
-def codec() -> Elic:
+def codec() -> LearnedCodec:
     return tiny()
 
 
 @pytest.fixture(scope="module")
-def haar() -> Elic:
+def haar() -> LearnedCodec:
     torch.manual_seed(0)
-    return Elic(1, 64, 256, [16, 48, 192], CONTEXT, LAMBDAS, 8).haar_start().eval().update()
+    return LearnedCodec(Elic(1, 64, 256, [16, 48, 192], CONTEXT).haar_start(), 256, LAMBDAS, 8).eval().update()
 
 
 def planes(n: int, *shape: int) -> torch.Tensor:
@@ -104,7 +105,7 @@ def test_the_level_meets_its_lambda_within_half_a_step(codec):
 
 def test_gains_between_trained_ones_are_their_geometric_mean():
     table = torch.randn(4, 5)
-    gain = Elic._at(table, torch.tensor([0.0, 1.0, 1.5, 2.25, 3.0]))[:, :, 0, 0]
+    gain = LearnedCodec._at(table, torch.tensor([0.0, 1.0, 1.5, 2.25, 3.0]))[:, :, 0, 0]
     expected = [table[0], table[1], (table[1] + table[2]) / 2, 0.75 * table[2] + 0.25 * table[3], table[3]]
     assert torch.allclose(gain, torch.stack(expected).exp())
 
@@ -128,7 +129,7 @@ def test_a_higher_level_costs_more_bits_and_leaves_less_error(haar):
     assert errors == sorted(set(errors), reverse=True)
 
 
-def with_known_scales(codec: Elic, scale: float) -> Elic:
+def with_known_scales(codec: LearnedCodec, scale: float) -> LearnedCodec:
     """Every Gaussian of the latent gets this scale and mean 0."""
     for board in codec.net.latent_codec["y"].latent_codec.values():
         last = board.entropy_parameters[-1]
@@ -170,8 +171,8 @@ def test_the_scale_table_covers_what_the_gaussians_can_ask_for():
 # ---- coding order
 
 
-def record_walk(codec: Elic, y: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """What `_walk` hands out, step by step: (part, scales, means)."""
+def record_walk(codec: LearnedCodec, y: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """What `walk` hands out, step by step: (part, scales, means)."""
     steps = []
 
     def code(part, scales, means):
@@ -180,7 +181,7 @@ def record_walk(codec: Elic, y: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
 
     side = planes(len(y), 32, *y.shape[2:])
     with torch.inference_mode():
-        codec._walk(side, y, code)
+        codec.net.walk(side, y, code)
     return steps
 
 

@@ -18,9 +18,9 @@ from pytest import approx
 from stages.lib import measuring, shapes, shards
 from stages.lib.accuracy import average_precision, match, merge, results
 from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes, write_coded
-from stages.lib.elic import Coded
 from stages.lib.features import Features, write_features
 from stages.lib.files import read_csv, write_csv
+from stages.lib.learned import Coded
 from stages.lib.measuring import bits_of, choices_of, evaluate, single_scale_losses, tabulate, truths
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, TASKS, InputError

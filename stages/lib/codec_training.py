@@ -15,8 +15,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from stages.lib.coding import FeatureCodec, encode_scale
-from stages.lib.elic import CODING_BATCH, STRIDE, Elic
 from stages.lib.features import Features
+from stages.lib.learned import CODING_BATCH, STRIDE, LearnedCodec
 from stages.lib.models import DEVICE
 from stages.lib.params import SCALES
 from stages.lib.planes import Packing, Range, learn_packing, pack, unpack
@@ -61,7 +61,7 @@ def random_crops(
 
 
 def train(
-    codec: Elic, features: Features, packing: Packing, steps: int, batch: int, crop: int, lr: float, seed: int
+    codec: LearnedCodec, features: Features, packing: Packing, steps: int, batch: int, crop: int, lr: float, seed: int
 ) -> list[dict]:
     """Minimise  bits + lambda * 255^2 * squared error  in place, lambda log-uniform in the codec's range per sample.
 
@@ -70,7 +70,7 @@ def train(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    codec.train().to(DEVICE)
+    codec.train().to(DEVICE).to(memory_format=torch.channels_last)  # a tenth faster on a CPU
     quantiles = [p for name, p in codec.named_parameters() if name.endswith(".quantiles")]
     weights = [p for name, p in codec.named_parameters() if not name.endswith(".quantiles")]
     optimizer, aux_optimizer = torch.optim.Adam(weights, lr), torch.optim.Adam(quantiles, 1e-2)

@@ -23,15 +23,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from stages.lib.elic import CODING_BATCH, Elic
+from stages.lib.elic import Elic
 from stages.lib.features import Features, SplitFile, batches_by_size, sizes_from
 from stages.lib.files import atomic, write_csv
+from stages.lib.learned import CODING_BATCH, LearnedCodec
 from stages.lib.models import DEVICE, load_weights, read_checkpoint
 from stages.lib.params import SCALES, InputError
 from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
 from stages.lib.progress import progress
 from stages.lib.shards import map_shards
 
+NETWORKS = {"elic": Elic}  # name in params.yaml: codecs -> class
 IMAGE_HEADER_BYTES = 8
 RANGE = struct.Struct("<ee")
 
@@ -39,7 +41,7 @@ RANGE = struct.Struct("<ee")
 class FeatureCodec(NamedTuple):
     """An image codec and the packing that its weights were made for. `channels` of the pyramids it takes."""
 
-    codec: Elic
+    codec: LearnedCodec
     packing: Packing
     channels: int
 
@@ -74,17 +76,10 @@ def save_codec(path: Path, feature_codec: FeatureCodec, config: dict) -> None:
         )
 
 
-def build_codec(config: dict) -> Elic:
-    """The codec that `codecs.elic` of params.yaml describes, with random weights."""
-    return Elic(
-        1 if config["packing"] == "pca" else 3,
-        config["N"],
-        config["M"],
-        config["groups"],
-        config["context"],
-        config["lambda_range"],
-        config["gains"],
-    )
+def build_codec(config: dict) -> LearnedCodec:
+    """The codec that `codecs.<name>` of params.yaml describes, with random weights. config["codec"] is its name."""
+    network = NETWORKS[config["codec"]](1 if config["packing"] == "pca" else 3, **config["network"])
+    return LearnedCodec(network, config["network"]["M"], config["lambda_range"], config["gains"])
 
 
 def load_codec(path: Path) -> FeatureCodec:
@@ -96,7 +91,7 @@ def load_codec(path: Path) -> FeatureCodec:
     return FeatureCodec(codec, Packing(**checkpoint["packing"]), checkpoint["channels"])
 
 
-def load_codec_weights(codec: Elic, state: dict[str, Tensor], source: str) -> None:
+def load_codec_weights(codec: LearnedCodec, state: dict[str, Tensor], source: str) -> None:
     """The weights of `save_codec`, strictly; raises InputError that names a layer that does not fit."""
     tables = {name: value for name, value in codec.state_dict().items() if _is_table(name)}
     load_weights(codec, state | tables, source)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from stages.lib.accuracy import Matches, average_precision, bootstrap_weights, match_variants, merge, per_image, results
 from stages.lib.coding import IMAGE_HEADER_BYTES, CodedSplit, FeatureCodec
-from stages.lib.elic import CODING_BATCH
 from stages.lib.features import Features
 from stages.lib.files import read_csv
+from stages.lib.learned import CODING_BATCH
 from stages.lib.models import DEVICE, detect, heads_for
 from stages.lib.params import SCALES, InputError
 from stages.lib.progress import progress

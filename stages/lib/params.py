@@ -116,10 +116,12 @@ SCHEMA = {
         one_of(CODECS),
         {
             "packing": one_of(("pca", "tile")),
-            "N": whole(1),
-            "M": whole(1),
-            "groups": GROUPS,
-            "context": {"widths": WIDTHS, "kernel": ODD},
+            "network": {
+                "N": whole(1),
+                "M": whole(1),
+                "groups": GROUPS,
+                "context": {"widths": WIDTHS, "kernel": ODD},
+            },
             "lambda_range": RANGE,
             "gains": whole(2),
             "init": TEXT_OR_NULL,
@@ -162,10 +164,10 @@ def check_params(params: Any) -> None:
         _need(low <= high, f"models.{name}.image_size.max", high, f"it must be at least min, {low}")
     _check_lambdas(params)
     for name, codec in params["codecs"].items():
-        total = sum(codec["groups"])
-        _need(
-            total == codec["M"], f"codecs.{name}.groups", codec["groups"], f"the sum, {total}, must be M = {codec['M']}"
-        )
+        network = codec["network"]
+        total, groups = sum(network["groups"]), network["groups"]
+        key, remedy = f"codecs.{name}.network.groups", f"the sum, {total}, must be M = {network['M']}"
+        _need(total == network["M"], key, groups, remedy)
     for name, task in params["tasks"].items():
         _refer(params, "lambdas", task["precode"], f"tasks.{name}.precode")
     _check_cells(params)
