@@ -48,13 +48,15 @@ def main(data: Path, reports: Path) -> None:
         for model, codec in sorted({(cell["model"], cell["codec"]) for cell in params["cells"].values()})
     }
     bd = pd.concat([tables.bd_rates(cell.points, cell.resamples) for cell in cells.values()], ignore_index=True)
+    codec_bd = tables.codec_bd_rates(points, {key: cell.resamples for key, cell in cells.items()})
     write_csv(reports / "rd_points.csv", points)
     write_csv(reports / "bd_rate.csv", bd)
+    write_csv(reports / "codec_bd_rate.csv", codec_bd)
     write_json(reports / "metrics.json", tables.metrics(points, bd))
     fits, mfip = ({key: getattr(cell, name) for key, cell in cells.items()} for name in ("fit", "mfip"))
     for name, found in (
         ("rd_points", tables.rd_points_tables(points)),
-        ("bd_rate", tables.bd_rate_tables(points, bd, fits, mfip)),
+        ("bd_rate", tables.bd_rate_tables(points, bd, codec_bd, fits, mfip)),
     ):
         write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
         write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -14,18 +15,19 @@ from stages.lib.params import InputError, entry, load_params
 from stages.lib.planes import Packing
 
 SHOWN = 24  # images behind the rate-distortion curves
+LAMBDAS = np.geomspace(1e-4, 0.05, 8).tolist()  # of these curves; not params' own: another one must not retrain codecs
 CONFIG = ("packing", "network", "lambda_range", "gains")
 
 
 def main(features: Path, model: str, name: str, out: Path, reports: Path) -> None:
     params = load_params()
     wanted = params["codecs"][name]
-    config = {"codec": name} | {key: wanted[key] for key in CONFIG}
+    config = {"codec": name} | {key: wanted[key] for key in CONFIG if key in wanted}
     data = Features(features, "train")
     channels = len(data.scale(data.image_ids[0], "0"))
     torch.manual_seed(params["seed"])
     codec = build_codec(config)
-    if wanted["init"]:
+    if wanted.get("init"):
         start = read_checkpoint(Path(wanted["init"]), "config", "packing", "channels")
         for key, value in config.items():
             if start["config"].get(key) != value:
@@ -42,18 +44,17 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
         packing = Packing(**start["packing"])
     else:
         packing = codec_training.fit_packing(data, config["packing"])
-        if config["packing"] == "pca":
+        if config["packing"] == "pca" and "network" in config:
             codec.net.haar_start()
     log = []
-    if wanted["steps"]:
+    if wanted.get("steps"):
         log = codec_training.train(
             codec, data, packing, wanted["steps"], wanted["batch"], wanted["crop"], wanted["lr"], params["seed"]
         )
     save_codec(out, FeatureCodec(codec, packing, channels), config)
     write_csv(reports / "loss.csv", pd.DataFrame(log, columns=["step", "loss", "bpp_plane", "mse"]))
     fit = Features(features, "fit")
-    trained = codec.log_lambdas.exp().tolist()  # not params' lambdas: another one must not retrain the codec
-    lambdas = {f"{lmbda:.3g}": lmbda for lmbda in trained}
+    lambdas = {f"{lmbda:.3g}": lmbda for lmbda in LAMBDAS}
     curves = codec_training.rate_distortion(fit, fit.image_ids[:SHOWN], load_codec(out), lambdas, name)
     write_csv(reports / "rate_distortion.csv", curves)
 

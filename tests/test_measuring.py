@@ -17,6 +17,7 @@ from pytest import approx
 
 from stages.lib import measuring, shapes, shards
 from stages.lib.accuracy import average_precision, match, merge, results
+from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes, write_coded
 from stages.lib.features import Features, write_features
 from stages.lib.files import read_csv, write_csv
@@ -338,7 +339,10 @@ def test_points_are_those_of_pycocotools_and_of_the_files(seer, features, featur
             table = allocation[(allocation["method"] == line["method"]) & (allocation["point"] == line["point"])]
             phi = table.pivot(index="image_id", columns="scale", values="phi").astype(int)
             pyramids = {i: {s: qualities[phi.loc[i, s]][i][s] for s in SCALES} for i in ids}
-            sent = sum(bits[phi.loc[i, s]][k, c] for k, i in enumerate(ids) for c, s in enumerate(SCALES)) + 6 * 64
+            sent = (
+                sum(bits[phi.loc[i, s]][k, c] for k, i in enumerate(ids) for c, s in enumerate(SCALES))
+                + 6 * 8 * FRAME_BYTES
+            )
         assert line["bits_per_image"] == approx(sent / 6)
         assert line["bpp"] == approx(sent / pixels)
         assert line["accuracy"] == approx(reference_ap(coco, found_in(seer, pyramids, task), ids, task), abs=1e-12)

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from stages.lib.bitstream import FRAME_BYTES
+
 ROOT = Path(__file__).parents[1]
 COCO_MINI = ROOT.parent / "shared" / "coco_mini"
 CONTRACT = {
@@ -87,7 +89,7 @@ def test_bits_of_uniform_are_the_bytes_in_the_files(smoke: Path) -> None:
         with h5py.File(smoke / f"data/coded/small/elic/{quality}.h5") as file:
             group = file["test"]
             images = len(group["image_ids"])
-            stored = 8 * (len(group["data"]) / images + 8)  # 8 bytes: the header of an image
+            stored = 8 * (len(group["data"]) / images + FRAME_BYTES)
         assert uniform.loc[point, "bits_per_image"] == pytest.approx(stored, rel=1e-12)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from pytest import approx
 
 from stages import report
-from stages.lib import figures
+from stages.lib import figures, tables
 from stages.lib.bd_rate import Curve, bd_rate
 from stages.lib.files import read_csv, read_json, write_csv, write_json
 from stages.lib.loss_rate import Curves, fit_scales
@@ -168,6 +168,24 @@ def test_a_fifth_fewer_bits_are_minus_20_percent(profile: Path) -> None:
     mfiba = bd.loc["detection", "mfiba"]
     assert mfiba["ci_low"] < mfiba["bd_rate_pchip"] < mfiba["ci_high"]
     assert mfiba["flags"] == "dropped:6" and mfiba["n_points"] == 7
+
+
+def test_a_codec_of_a_fifth_fewer_bits_than_hevc_saves_20_percent() -> None:
+    bits = np.geomspace(4e3, 9e4, 6)
+    points, resamples = [], {}
+    for codec, factor in (("elic", 0.8), ("hevc", 1.0), ("tcm", 0.5)):
+        curve = pd.DataFrame({"method": "uniform", "point": range(6), "bits_per_image": factor * bits})
+        curve["accuracy"] = 0.5 - 100 / bits
+        points.append(curve.assign(task="detection", codec=codec))
+        luck = [curve.assign(resample=r, bits_per_image=factor * bits * (1 + r / 100)) for r in range(5)]
+        resamples["detection", codec] = pd.concat([*luck, luck[0].assign(method="static")])
+    points = pd.concat([*points, points[0].assign(method="static", bits_per_image=1.0)])
+    found = tables.codec_bd_rates(points, resamples).set_index("codec")
+    assert found.index.tolist() == ["elic", "tcm"] and set(found["anchor"]) == {"hevc"}
+    for codec, saved in (("elic", -20), ("tcm", -50)):
+        assert found.loc[codec, ["bd_rate_pchip", "ci_low", "ci_high"]].tolist() == pytest.approx([saved] * 3)
+    without = tables.codec_bd_rates(points[points["codec"] != "hevc"], resamples)
+    assert without.empty and without.columns.tolist() == ["task", "codec", *tables.BD_RATE[3:]]
 
 
 def test_a_model_that_finds_nothing_is_reported_as_such(profile: Path) -> None:

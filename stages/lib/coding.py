@@ -1,19 +1,11 @@
-"""Pyramid + rate control -> bytes of a container, and back; the bit ledger; files of coded splits.
+"""Pyramid + rate control -> records of the five scales, and back; the bit ledger; files of coded splits.
 
-Record of one scale of one image (little endian), the unit that an allocation chooses:
-
-    level    1 byte       rate control of the codec
-    range    2 x float16  feature values of the plane's 0 and 1: the decoder cannot know them
-    length   1-4 bytes    of the payload, 7 bits a byte, lowest first
-    payload               one rANS string
-
-An image adds IMAGE_HEADER_BYTES: height and width before and after the transform, from which all shapes follow.
+A record is what `bitstream` describes. An image's bits are those of its `.mfb` file: five records and FRAME_BYTES.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,25 +15,26 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from stages.lib import bitstream
 from stages.lib.elic import Elic
 from stages.lib.features import Features, SplitFile, batches_by_size, sizes_from
 from stages.lib.files import atomic, write_csv
+from stages.lib.hevc import Hevc
 from stages.lib.learned import CODING_BATCH, LearnedCodec
 from stages.lib.models import DEVICE, load_weights, read_checkpoint
 from stages.lib.params import SCALES, InputError
 from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
 from stages.lib.progress import progress
 from stages.lib.shards import map_shards
+from stages.lib.tcm import LicTcm
 
-NETWORKS = {"elic": Elic}  # name in params.yaml: codecs -> class
-IMAGE_HEADER_BYTES = 8
-RANGE = struct.Struct("<ee")
+RANGE_BYTES = 4  # of a record
 
 
 class FeatureCodec(NamedTuple):
     """An image codec and the packing that its weights were made for. `channels` of the pyramids it takes."""
 
-    codec: LearnedCodec
+    codec: LearnedCodec | Hevc
     packing: Packing
     channels: int
 
@@ -76,10 +69,20 @@ def save_codec(path: Path, feature_codec: FeatureCodec, config: dict) -> None:
         )
 
 
-def build_codec(config: dict) -> LearnedCodec:
-    """The codec that `codecs.<name>` of params.yaml describes, with random weights. config["codec"] is its name."""
-    network = NETWORKS[config["codec"]](1 if config["packing"] == "pca" else 3, **config["network"])
-    return LearnedCodec(network, config["network"]["M"], config["lambda_range"], config["gains"])
+def _learned(network: type[Elic | LicTcm]) -> Callable[[dict], LearnedCodec]:
+    def build(config: dict) -> LearnedCodec:
+        net = network(1 if config["packing"] == "pca" else 3, **config["network"])
+        return LearnedCodec(net, config["network"]["M"], config["lambda_range"], config["gains"])
+
+    return build
+
+
+CODECS = {"elic": _learned(Elic), "tcm": _learned(LicTcm), "hevc": lambda config: Hevc()}  # params.yaml: codecs
+
+
+def build_codec(config: dict) -> LearnedCodec | Hevc:
+    """The codec that `codecs.<name>` of params.yaml describes, untrained. config["codec"] is its name."""
+    return CODECS[config["codec"]](config)
 
 
 def load_codec(path: Path) -> FeatureCodec:
@@ -91,7 +94,7 @@ def load_codec(path: Path) -> FeatureCodec:
     return FeatureCodec(codec, Packing(**checkpoint["packing"]), checkpoint["channels"])
 
 
-def load_codec_weights(codec: LearnedCodec, state: dict[str, Tensor], source: str) -> None:
+def load_codec_weights(codec: LearnedCodec | Hevc, state: dict[str, Tensor], source: str) -> None:
     """The weights of `save_codec`, strictly; raises InputError that names a layer that does not fit."""
     tables = {name: value for name, value in codec.state_dict().items() if _is_table(name)}
     load_weights(codec, state | tables, source)
@@ -110,7 +113,7 @@ def encode_scale(features: Tensor, scale: str, level: int, feature_codec: Featur
     for f, plane, value_range, coded in zip(
         features, planes, ranges, codec.encode(torch.stack(planes).to(DEVICE), level), strict=True
     ):
-        data = bytes([level]) + RANGE.pack(*value_range) + _length(len(coded.string)) + coded.string
+        data = bitstream.pack_record(bitstream.Record(level, *value_range, coded.string))
         received = coded.plane.cpu()
         mse = (received - plane).square().mean().item()
         # A tile without a channel is a part of the plane, but not of what the receiver unpacks.
@@ -126,13 +129,13 @@ def encode_scale(features: Tensor, scale: str, level: int, feature_codec: Featur
 def decode_scale(records: list[bytes], scale: str, shape: tuple[int, int], feature_codec: FeatureCodec) -> Tensor:
     """N records of one scale and rate control, feature maps of H, W = shape -> [N, C, H, W] on DEVICE."""
     codec, packing, channels = feature_codec
-    if any(record[0] != records[0][0] for record in records):
+    parsed = [bitstream.parse_record(record)[0] for record in records]
+    level = parsed[0].level
+    if any(record.level != level for record in parsed):
         raise InputError(f"scale {scale}: records of several rate controls in one call; decode each level alone")
-    strings, ranges = [], []
-    for record in records:
-        ranges.append(Range(*RANGE.unpack_from(record, 1)))
-        strings.append(record[_payload_start(record) :])
-    planes = codec.decode(strings, records[0][0], plane_shape(channels, *shape, packing)).cpu()
+    shape_of_plane = plane_shape(channels, *shape, packing)
+    planes = codec.decode([record.payload for record in parsed], level, shape_of_plane).cpu()
+    ranges = [Range(record.low, record.high) for record in parsed]
     maps = [unpack(plane, r, scale, channels, packing) for plane, r in zip(planes, ranges, strict=True)]
     return torch.stack(maps).to(DEVICE)
 
@@ -203,8 +206,8 @@ def _ledger_line(record: Record, pixels: int) -> dict[str, float]:
         "pixels": pixels,
         "bytes_latent": record.bytes_latent,
         "bytes_hyper": record.bytes_hyper,
-        "bytes_header": len(record.data) - RANGE.size - record.bytes_hyper - record.bytes_latent,
-        "bytes_range": RANGE.size,
+        "bytes_header": len(record.data) - RANGE_BYTES - record.bytes_hyper - record.bytes_latent,
+        "bytes_range": RANGE_BYTES,
         "bits": 8 * len(record.data),
         "estimated_bits": round(record.estimated_bits, 1),
         "mse": record.mse,
@@ -236,18 +239,3 @@ class CodedSplit(SplitFile):
             records = [data[self._offsets[k] : self._offsets[k + 1]].tobytes() for k in at]
             pyramid[scale] = decode_scale(records, scale, shapes[scale], feature_codec)
         return pyramid
-
-
-def _length(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _payload_start(record: bytes) -> int:
-    at = 1 + RANGE.size
-    while record[at] > 127:
-        at += 1
-    return at + 1

@@ -21,6 +21,8 @@ from compressai.ops import quantize_ste
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.lib.params import InputError
+
 STRIDE = 64  # of z: planes are padded to multiples of it
 # The entropy networks always run on batches of this size, filled up with zeros: convolutions of another batch size may
 # round differently, and one flipped bit in a scale ruins the rest of a stream.
@@ -183,7 +185,8 @@ class LearnedCodec(nn.Module):
         rows, columns = -(-height // STRIDE), -(-width // STRIDE)
         decoders = [RansDecoder() for _ in strings]
         for decoder, string in zip(decoders, strings, strict=True):
-            decoder.set_stream(string)
+            # The decoder does not know where a string ends. Damaged, it may ask for 4 bytes a symbol and more.
+            decoder.set_stream(string + bytes(8 * (height + STRIDE) * (width + STRIDE)))
 
         def read(indexes: Tensor) -> Tensor:
             symbols = torch.zeros(indexes.shape)
@@ -200,7 +203,12 @@ class LearnedCodec(nn.Module):
             return read(self.net.gaussian_conditional.build_indexes(scales).int()) + means
 
         y_hat = self.net.walk(side, blank, receive)
-        return self._synthesis(y_hat, self._position_of(level))[: len(strings), :, :height, :width]
+        planes = self._synthesis(y_hat, self._position_of(level))[: len(strings), :, :height, :width]
+        if not planes.isfinite().all():
+            raise InputError(
+                "a coded plane decodes to numbers beyond all measure; its string is damaged: code it again"
+            )
+        return planes
 
     def _position_of(self, level: int) -> Tensor:
         position = level / 255 * (len(self.log_lambdas) - 1)

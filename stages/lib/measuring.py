@@ -13,7 +13,8 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 
 from stages.lib.accuracy import Matches, average_precision, bootstrap_weights, match_variants, merge, per_image, results
-from stages.lib.coding import IMAGE_HEADER_BYTES, CodedSplit, FeatureCodec
+from stages.lib.bitstream import FRAME_BYTES
+from stages.lib.coding import CodedSplit, FeatureCodec
 from stages.lib.features import Features
 from stages.lib.files import read_csv
 from stages.lib.learned import CODING_BATCH
@@ -174,7 +175,7 @@ def tabulate(
     order = matches["none", 0].image_ids.tolist()
     weights = bootstrap_weights(len(order), resamples, seed)
     pixels = sum(np.prod(features.sizes(i).original) for i in order)
-    scales, header = np.arange(len(SCALES)), 8 * IMAGE_HEADER_BYTES
+    scales, header = np.arange(len(SCALES)), 8 * FRAME_BYTES
     nothing = np.zeros(len(order))
     sent_at = [
         [bits[i][scales, choices.phi[i][row]].sum() + header for i in order] for row in range(len(choices.points))

@@ -13,7 +13,6 @@ import yaml
 
 SCALES = ("0", "1", "2", "3", "pool")
 TASKS = {"detection": "bbox", "segmentation": "segm", "keypoints": "keypoints"}  # task -> COCO's iouType
-CODECS = ("elic",)
 ARCHITECTURES = {  # architecture -> the tasks that its heads serve
     "resnet10_fpn": ("detection", "segmentation", "keypoints"),
     "fasterrcnn_resnet50_fpn": ("detection",),
@@ -38,6 +37,12 @@ class Named(NamedTuple):
 
     name: Check
     schema: Any
+
+
+class Some(NamedTuple):
+    """A mapping with at least one of these keys, each with a schema of its own."""
+
+    schemas: dict[str, Any]
 
 
 def is_number(value: Any) -> bool:
@@ -73,11 +78,21 @@ TASK_LIST = Check(
     lambda value: isinstance(value, list) and len(value) > 0 and all(isinstance(v, str) and v in TASKS for v in value),
     f"a list with some of {', '.join(TASKS)}",
 )
-GROUPS = Check(
-    lambda value: isinstance(value, list) and len(value) > 0 and all(is_whole(v) and v > 0 for v in value),
-    "a list of whole numbers of at least 1",
-)
-WIDTHS = Check(lambda value: GROUPS.accepts(value) and len(value) == 2, "a list of two whole numbers of at least 1")
+
+
+def wholes(count: int | None = None) -> Check:
+    wanted = "a list of whole numbers of at least 1" + (f", {count} of them" if count else "")
+    return Check(
+        lambda value: (
+            isinstance(value, list)
+            and len(value) == (count or max(len(value), 1))
+            and all(is_whole(v) and v > 0 for v in value)
+        ),
+        wanted,
+    )
+
+
+WHOLES, PAIR, TRIPLE = wholes(), wholes(2), wholes(3)
 ODD = Check(lambda value: is_whole(value) and value > 1 and value % 2 == 1, "an odd whole number of at least 3")
 RANGE = Check(
     lambda value: (
@@ -85,6 +100,19 @@ RANGE = Check(
     ),
     "[lowest, highest] with 0 < lowest < highest",
 )
+
+PACKING = one_of(("pca", "tile"))
+NETWORK = {"N": whole(1), "M": whole(1)}
+LEARNED = {
+    "packing": PACKING,
+    "lambda_range": RANGE,
+    "gains": whole(2),
+    "init": TEXT_OR_NULL,
+    "steps": whole(0),
+    "batch": whole(1),
+    "crop": whole(64, multiple_of=64),  # the codecs' total stride
+    "lr": POSITIVE,
+}
 
 SCHEMA = {
     "root": TEXT,
@@ -112,24 +140,23 @@ SCHEMA = {
         Check(lambda name: isinstance(name, str) and re.fullmatch(r"q[0-9]+", name) is not None, "q1, q2, ..."),
         POSITIVE,
     ),
-    "codecs": Named(
-        one_of(CODECS),
+    "codecs": Some(
         {
-            "packing": one_of(("pca", "tile")),
-            "network": {
-                "N": whole(1),
-                "M": whole(1),
-                "groups": GROUPS,
-                "context": {"widths": WIDTHS, "kernel": ODD},
+            "elic": LEARNED | {"network": NETWORK | {"groups": WHOLES, "context": {"widths": PAIR, "kernel": ODD}}},
+            "tcm": LEARNED
+            | {
+                "network": NETWORK
+                | {
+                    "slices": whole(1),
+                    "head_dims": TRIPLE,
+                    "window": whole(2, multiple_of=2),
+                    "blocks": whole(1),
+                    "hyper_channels": whole(1),
+                    "context_widths": TRIPLE,
+                }
             },
-            "lambda_range": RANGE,
-            "gains": whole(2),
-            "init": TEXT_OR_NULL,
-            "steps": whole(0),
-            "batch": whole(1),
-            "crop": whole(64, multiple_of=64),  # the codec's total stride
-            "lr": POSITIVE,
-        },
+            "hevc": {"packing": PACKING},
+        }
     ),
     "tasks": Named(one_of(tuple(TASKS)), {"precode": TEXT, "points": whole(1)}),
     "mfip": {"channels": whole(1), "epochs": whole(1), "lr": POSITIVE, "validation": SHARE},
@@ -163,14 +190,27 @@ def check_params(params: Any) -> None:
         low, high = model["image_size"]["min"], model["image_size"]["max"]
         _need(low <= high, f"models.{name}.image_size.max", high, f"it must be at least min, {low}")
     _check_lambdas(params)
-    for name, codec in params["codecs"].items():
-        network = codec["network"]
-        total, groups = sum(network["groups"]), network["groups"]
-        key, remedy = f"codecs.{name}.network.groups", f"the sum, {total}, must be M = {network['M']}"
-        _need(total == network["M"], key, groups, remedy)
+    _check_networks(params["codecs"])
     for name, task in params["tasks"].items():
         _refer(params, "lambdas", task["precode"], f"tasks.{name}.precode")
     _check_cells(params)
+
+
+def _check_networks(codecs: dict[str, Any]) -> None:
+    if "elic" in codecs:
+        network = codecs["elic"]["network"]
+        total, groups = sum(network["groups"]), network["groups"]
+        remedy = f"the sum, {total}, must be M = {network['M']}"
+        _need(total == network["M"], "codecs.elic.network.groups", groups, remedy)
+    if "tcm" in codecs:
+        network = codecs["tcm"]["network"]
+        M, slices = network["M"], network["slices"]
+        _need(M % slices == 0, "codecs.tcm.network.slices", slices, f"M = {M} must be a multiple")
+        for dim in network["head_dims"]:
+            remedy = f"N = {network['N']} must be a multiple of each"
+            _need(network["N"] % dim == 0, "codecs.tcm.network.head_dims", network["head_dims"], remedy)
+        squeezed = network["context_widths"][0]
+        _need(squeezed % 16 == 0, "codecs.tcm.network.context_widths", squeezed, "the first must be a multiple of 16")
 
 
 def _check_prepare(params: dict[str, Any]) -> None:
@@ -193,7 +233,7 @@ def _check_lambdas(params: dict[str, Any]) -> None:
         _need(value > highest, f"lambdas.{name}", value, f"it must be above the one before it, {highest}")
         highest = value
         for codec, numbers in params["codecs"].items():
-            low, high = numbers["lambda_range"]
+            low, high = numbers.get("lambda_range", (0, math.inf))
             _need(low <= value <= high, f"lambdas.{name}", value, f"codecs.{codec}.lambda_range is [{low}, {high}]")
 
 
@@ -224,15 +264,17 @@ def _walk(value: Any, schema: Any, key: str) -> None:
             _need(schema.name.accepts(name), f"{prefix}{name}", inner, f"its name must be {schema.name.wanted}")
             _walk(inner, schema.schema, f"{prefix}{name}")
         return
+    schemas = schema.schemas if isinstance(schema, Some) else schema
     for name in value:
-        if name not in schema:
-            close = get_close_matches(str(name), schema, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(schema)}"
+        if name not in schemas:
+            close = get_close_matches(str(name), schemas, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(schemas)}"
             raise InputError(f"params.yaml: unknown key {prefix}{name}: {value[name]!r}; {remedy}")
-    for name, inner in schema.items():
-        if name not in value:
+    for name, inner in schemas.items():
+        if name in value:
+            _walk(value[name], inner, f"{prefix}{name}")
+        elif schemas is schema:
             raise InputError(f"params.yaml: {prefix}{name} is missing; add it")
-        _walk(value[name], inner, f"{prefix}{name}")
 
 
 def _refer(params: dict[str, Any], section: str, name: str, key: str) -> None:

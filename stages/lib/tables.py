@@ -15,6 +15,7 @@ from stages.lib.bd_rate import GOOD_OVERLAP, GOOD_POINTS, Curve, bd_rate, interv
 from stages.lib.params import SCALES, TASKS, InputError
 
 ANCHOR, UNCODED = "uniform", "none"
+CODEC_ANCHOR = "hevc"
 LABEL_AWARE = ("upstream_measured", "oracle")  # they need the labels of the images that are evaluated
 PAPER = {  # arXiv 2503.19278, abstract; percent
     "elic": {"detection": -38.202, "segmentation": -17.212, "keypoints": -36.492},
@@ -61,7 +62,7 @@ def resampled(resamples: pd.DataFrame, method: str) -> tuple[np.ndarray, np.ndar
     return bits.to_numpy(float), accuracy.to_numpy(float)
 
 
-def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
+def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = ANCHOR) -> pd.DataFrame:
     """points.csv and bootstrap.csv of one cell -> its rows of bd_rate.csv: every method against the anchor.
 
     Resample r of the method and of the anchor have the same images, so their noise cancels in the interval.
@@ -70,11 +71,11 @@ def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
         method: Curve(rows["bits_per_image"].to_numpy(), rows["accuracy"].to_numpy())
         for method, rows in points.sort_values("point", kind="stable").groupby("method", sort=False)
     }
-    anchor, anchor_resamples = curves[ANCHOR], resampled(resamples, ANCHOR)
+    anchor, anchor_resamples = curves[anchor_name], resampled(resamples, anchor_name)
     task, codec = points[["task", "codec"]].iloc[0]
     rows = []
     for method in points["method"].unique():
-        if method in (ANCHOR, UNCODED):
+        if method in (anchor_name, UNCODED):
             continue
         found = bd_rate(anchor, curves[method])
         low, high, failed = interval(*anchor_resamples, *resampled(resamples, method))
@@ -86,7 +87,7 @@ def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
                 "task": task,
                 "codec": codec,
                 "method": method,
-                "anchor": ANCHOR,
+                "anchor": anchor_name,
                 "bd_rate_pchip": found.pchip,
                 "bd_rate_akima": found.akima,
                 "ci_low": low,
@@ -97,6 +98,22 @@ def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows, columns=BD_RATE)
+
+
+def codec_bd_rates(points: pd.DataFrame, resamples: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
+    """rd_points, and bootstrap.csv of each (task, codec) -> the codecs against HEVC, all at one quality for all scales.
+
+    Columns as in bd_rate.csv, without `method`. No rows for a task that HEVC does not code.
+    """
+    found = [pd.DataFrame(columns=BD_RATE)]
+    of_anchor = points[points["method"] == ANCHOR]
+    for task, rows in of_anchor.groupby("task", sort=False):
+        codecs = rows["codec"].unique()
+        if CODEC_ANCHOR in codecs:
+            drawn = [resamples[task, codec].query("method == @ANCHOR").assign(method=codec) for codec in codecs]
+            found.append(bd_rates(rows.assign(method=rows["codec"]), pd.concat(drawn), CODEC_ANCHOR))
+    table = pd.concat([frame for frame in found if len(frame)] or found)
+    return table.assign(codec=table["method"]).drop(columns="method").reset_index(drop=True)
 
 
 def check_cell(points: pd.DataFrame, resamples: pd.DataFrame, folder: str) -> None:
@@ -130,11 +147,16 @@ def metrics(points: pd.DataFrame, bd: pd.DataFrame) -> dict:
 
 
 def bd_rate_tables(
-    points: pd.DataFrame, bd: pd.DataFrame, fits: dict[tuple[str, str], dict], mfip: dict[tuple[str, str], dict]
+    points: pd.DataFrame,
+    bd: pd.DataFrame,
+    codec_bd: pd.DataFrame,
+    fits: dict[tuple[str, str], dict],
+    mfip: dict[tuple[str, str], dict],
 ) -> list[Table]:
-    """bd_rate, rd_points, and of each (task, codec) `fit_scales` and MFIP's errors -> tables of the main result."""
+    """rd_points, bd_rate, codec_bd_rate, and of each (task, codec) `fit_scales` and MFIP's errors -> main results."""
     return [
         *(_bd_rate_table(codec, rows) for codec, rows in bd.groupby("codec", sort=False)),
+        *([_codec_table(codec_bd)] if len(codec_bd) else []),
         _context_table(points),
         _fit_table(fits),
         _mfip_table(mfip),
@@ -217,6 +239,16 @@ def _uncoded(rows: pd.DataFrame) -> _Uncoded:
 
 
 def _bd_rate_table(codec: str, bd: pd.DataFrame) -> Table:
+    title = f"BD-rate against {ANCHOR}, codec {codec}: percent of the bits at equal accuracy, negative is a saving"
+    return _comparison(title, bd, _label_aware_note())
+
+
+def _codec_table(codec_bd: pd.DataFrame) -> Table:
+    title = f"BD-rate of the codecs against {CODEC_ANCHOR}, all with {ANCHOR}: percent of the bits at equal accuracy"
+    return _comparison(title, codec_bd.rename(columns={"codec": "method"}), "")
+
+
+def _comparison(title: str, bd: pd.DataFrame, note: str) -> Table:
     tasks = [task for task in TASKS if task in set(bd["task"])]
     notes: dict[str, int] = {}  # note -> its number
     rows = []
@@ -227,9 +259,8 @@ def _bd_rate_table(codec: str, bd: pd.DataFrame) -> Table:
             cells.append(_bd_cell(found.iloc[0], notes) if len(found) else "")
         rows.append([_named(method), *cells])
     doubtful = [f"({number}) Doubtful: {note}" for note, number in notes.items()]
-    title = f"BD-rate against {ANCHOR}, codec {codec}: percent of the bits at equal accuracy, negative is a saving"
     about = "In brackets the 95 % interval of a bootstrap over the images, method and anchor resampled together."
-    return Table(title, ["method", *tasks], rows, [*doubtful, f"{about} {_label_aware_note()}"])
+    return Table(title, ["method", *tasks], rows, [*doubtful, f"{about} {note}".strip()])
 
 
 def _bd_cell(row: pd.Series, notes: dict[str, int]) -> str:

@@ -1,0 +1,328 @@
+"""LIC-TCM: a transform of mixed transformer-CNN blocks and a channel-wise entropy model with window attention.
+
+    x -> g_a -> y ---> round(y - mean) + mean, slice by slice ---> y_hat -> g_s -> x_hat
+                |                   ^         ^
+               h_a -> z -> z_hat -> h_s       earlier slices of y_hat
+
+Liu, Sun, Katto, Learned Image Compression with Mixed Transformer-CNN Architectures, CVPR 2023 (arXiv 2303.14978);
+windows and their shift: Liu et al., Swin Transformer, ICCV 2021; latent residual prediction: Minnen, Singh,
+Channel-wise Autoregressive Entropy Models for Learned Image Compression, ICIP 2020.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.layers import (
+    AttentionBlock,
+    ResidualBlock,
+    ResidualBlockUpsample,
+    ResidualBlockWithStride,
+    conv1x1,
+    conv3x3,
+    subpel_conv3x3,
+)
+from compressai.models import CompressionModel
+from compressai.ops import quantize_ste
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
+from torchvision.ops import Permute
+
+from stages.lib.learned import Code
+
+# Of the Haar start, above most of what planes hold. A larger one needs no learning rate: what each weight adds to it is
+# the same everywhere, so small steps of many weights make a large step of the mean (4 diverged, 0.25 to 0.5 learn).
+LIFT = 0.25
+SLICE_HEAD_DIM = 16  # of the attention in front of a slice's mean and scale, at every width
+
+
+class WindowAttention(ShiftedWindowAttention):
+    """torchvision's window attention with padding masked out; its own would attend to what it pads maps with."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        index = self.relative_position_index  # follows from the window's size: weights need not hold it
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> the same shape, for any H and W."""
+        _, height, width, _ = x.shape
+        size, heads = self.window_size[0], self.num_heads
+        # A shift moves the borders between windows, and one window has none.
+        shifts = [shift if n > size else 0 for shift, n in zip(self.shift_size, (height, width), strict=True)]
+        x = functional.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+        rows = x.shape[1] // size
+        x = _windows(x.roll([-shift for shift in shifts], (1, 2)), size)  # [B, n, L, C], n windows of L = size^2
+        qkv = self.qkv(x).unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        q, k, v = qkv.flatten(2, 3)  # [B, n * heads, L, C / heads]: the mask is not the same in all windows
+        down, right = (self._regions(n, shift, x.device) for n, shift in zip((height, width), shifts, strict=True))
+        region = _windows((4 * down[:, None] + right)[None, :, :, None], size)  # [1, n, L, 1]
+        bias = self.get_relative_position_bias().masked_fill((region != region.mT).movedim(1, 0), -torch.inf)
+        x = functional.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1)[None])
+        x = self.proj(x.unflatten(1, (-1, heads)).transpose(2, 3).flatten(3))  # [B, n, L, C]
+        x = x.unflatten(2, (size, size)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return x.roll(shifts, (1, 2))[:, :height, :width]
+
+    def _regions(self, n: int, shift: int, device: torch.device) -> Tensor:
+        """Positions of a rolled, padded axis -> what they belong to: 0 the map, 1 its part that the roll took from the
+        other end, 2 and 3 padding. Neighbours in the map within a window have equal numbers, others have not."""
+        padded = n + -n % self.window_size[0]
+        at = torch.arange(padded, device=device) + shift
+        return at // padded + 2 * (at % padded >= n)
+
+
+def _windows(x: Tensor, size: int) -> Tensor:
+    """[B, H, W, C], H and W multiples of `size` -> [B, H W / size^2, size^2, C]"""
+    return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def swin(dim: int, head_dim: int, window: int, shifted: list[bool]) -> nn.Sequential:
+    """Swin blocks on [B, dim, H, W], one for each entry of `shifted`: windows regular, or shifted by half a window."""
+    blocks = [
+        SwinTransformerBlock(dim, dim // head_dim, [window] * 2, [window // 2 * s] * 2, attn_layer=WindowAttention)
+        for s in shifted
+    ]
+    return nn.Sequential(Permute([0, 2, 3, 1]), *blocks, Permute([0, 3, 1, 2]))
+
+
+class TcmBlock(nn.Module):
+    """Half of the channels through convolutions, the other half through a Swin block, and mixed (paper, section 3.2).
+
+    [B, 2 N, H, W] -> the same shape.
+    """
+
+    def __init__(self, N: int, head_dim: int, window: int, shifted: bool):
+        super().__init__()
+        self.split = conv1x1(2 * N, 2 * N)
+        self.convolutions = ResidualBlock(N, N)
+        self.swin = swin(N, head_dim, window, [shifted])
+        self.merge = conv1x1(2 * N, 2 * N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        near, far = self.split(x).chunk(2, 1)
+        near = near + self.convolutions(near)  # a second skip around the block's own, as in the published network
+        return x + self.merge(torch.cat([near, self.swin(far)], 1))
+
+
+class SwinAttention(AttentionBlock):
+    """compressai's attention block on squeezed channels, its gate computed from two Swin blocks (SWAtten in the paper).
+
+    [B, channels, H, W] -> the same shape.
+    """
+
+    def __init__(self, channels: int, squeezed: int, window: int):
+        super().__init__(squeezed)
+        self.squeeze = conv1x1(channels, squeezed)
+        self.swin = swin(squeezed, SLICE_HEAD_DIM, window, [False, True])
+        self.expand = conv1x1(squeezed, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.squeeze(x)
+        return self.expand(x + self.conv_a(x) * torch.sigmoid(self.conv_b(self.swin(x))))
+
+
+class SliceModel(nn.Module):
+    """The networks of one slice of `channels`, which knows `support` channels; widths as in LicTcm."""
+
+    def __init__(self, support: int, channels: int, widths: tuple[int, int, int], window: int):
+        super().__init__()
+        squeezed, first, second = widths
+
+        def transform(known: int) -> nn.Sequential:
+            layers = conv3x3(known, first), nn.GELU(), conv3x3(first, second), nn.GELU(), conv3x3(second, channels)
+            return nn.Sequential(*layers)
+
+        self.mean_attention = SwinAttention(support, squeezed, window)
+        self.scale_attention = SwinAttention(support, squeezed, window)
+        self.mean = transform(support)
+        self.scale = transform(support)
+        self.residual = transform(support + channels)
+
+
+class LicTcm(CompressionModel):
+    """LIC-TCM; the defaults are the paper's, with N = 64, 96 or 128 and M = 320.
+
+    Args:
+        plane_channels: 1 or 3.
+        N: width of either half of a TCM block, a multiple of every head dim.
+        M: channels of the latent, coded in `slices` equal slices of which each knows all earlier ones.
+        head_dims: of the Swin blocks of the three stages, from the image inwards; the hyper path has the last one.
+        window: side of the attention windows in latents and feature maps; the hyper path has half of it.
+        blocks: TCM blocks of a stage, with regular and shifted windows in turn.
+        hyper_channels: of the hyper-latent.
+        context_widths: of a slice's attention (a multiple of 16) and of its transforms' two hidden layers.
+    """
+
+    def __init__(
+        self,
+        plane_channels: int,
+        N: int,
+        M: int,
+        slices: int = 5,
+        head_dims: tuple[int, int, int] = (8, 16, 32),
+        window: int = 8,
+        blocks: int = 2,
+        hyper_channels: int = 192,
+        context_widths: tuple[int, int, int] = (128, 224, 128),
+    ):
+        super().__init__()
+        if M % slices:
+            raise ValueError(f"M = {M} does not divide into {slices} equal slices; choose a multiple")
+
+        def stage(head_dim: int, side: int = window) -> list[nn.Module]:
+            return [TcmBlock(N, head_dim, side, shifted=i % 2 == 1) for i in range(blocks)]
+
+        def hyper_synthesis() -> nn.Sequential:
+            first, last = ResidualBlockUpsample(hyper_channels, 2 * N), subpel_conv3x3(2 * N, M, 2)
+            return nn.Sequential(first, *stage(head_dims[2], window // 2), last)
+
+        self.g_a = nn.Sequential(
+            ResidualBlockWithStride(plane_channels, 2 * N),
+            *stage(head_dims[0]),
+            ResidualBlockWithStride(2 * N, 2 * N),
+            *stage(head_dims[1]),
+            ResidualBlockWithStride(2 * N, 2 * N),
+            *stage(head_dims[2]),
+            conv3x3(2 * N, M, 2),
+        )
+        self.g_s = nn.Sequential(
+            ResidualBlockUpsample(M, 2 * N),
+            *stage(head_dims[2]),
+            ResidualBlockUpsample(2 * N, 2 * N),
+            *stage(head_dims[1]),
+            ResidualBlockUpsample(2 * N, 2 * N),
+            *stage(head_dims[0]),
+            subpel_conv3x3(2 * N, plane_channels, 2),
+        )
+        self.h_a = nn.Sequential(
+            ResidualBlockWithStride(M, 2 * N),
+            *stage(head_dims[2], window // 2),
+            conv3x3(2 * N, hyper_channels, 2),
+        )
+        self.h_mean_s = hyper_synthesis()
+        self.h_scale_s = hyper_synthesis()
+        width = M // slices
+        self.slices = nn.ModuleList(SliceModel(M + k * width, width, context_widths, window) for k in range(slices))
+        self.entropy_bottleneck = EntropyBottleneck(hyper_channels)
+        self.gaussian_conditional = GaussianConditional(None)
+
+    def h_s(self, z_hat: Tensor) -> Tensor:
+        """[B, hyper_channels, H / 64, W / 64] -> what the slices know from it [B, 2 M, H / 16, W / 16]: of means, of
+        scales."""
+        return torch.cat([self.h_mean_s(z_hat), self.h_scale_s(z_hat)], 1)
+
+    def walk(self, side: Tensor, y: Tensor, code: Code) -> Tensor:
+        """Visit the latent's slices in coding order -> y_hat [B, M, H / 16, W / 16].
+
+        `code(part of y, scales, means)` returns the quantised part; y goes nowhere else, so a receiver may pass zeros.
+        Half of what rounding took away, at most, is predicted and added back: y_hat = coded + tanh(residual) / 2.
+        """
+        side_of_means, side_of_scales = side.chunk(2, 1)
+        y_hat: list[Tensor] = []
+        for part, model in zip(y.chunk(len(self.slices), 1), self.slices, strict=True):
+            known = model.mean_attention(torch.cat([side_of_means, *y_hat], 1))
+            scales = model.scale(model.scale_attention(torch.cat([side_of_scales, *y_hat], 1)))
+            coded = code(part, scales, model.mean(known))
+            y_hat.append(coded + 0.5 * torch.tanh(model.residual(torch.cat([known, coded], 1))))
+        return torch.cat(y_hat, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
+        """Planes [B, c, H, W], H and W multiples of 64 -> x_hat, and the likelihoods of y and z.
+
+        In training the likelihoods are of latents with uniform noise, and the reconstruction is of rounded ones, with
+        the gradient passed straight through the rounding.
+        """
+        y = self.g_a(x)
+        z = self.h_a(y)
+        _, z_likelihoods = self.entropy_bottleneck(z)
+        medians = self.entropy_bottleneck._get_medians()
+        y_likelihoods: list[Tensor] = []
+
+        def code(part: Tensor, scales: Tensor, means: Tensor) -> Tensor:
+            y_likelihoods.append(self.gaussian_conditional(part, scales, means)[1])
+            return quantize_ste(part - means) + means
+
+        y_hat = self.walk(self.h_s(quantize_ste(z - medians) + medians), y, code)
+        return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": torch.cat(y_likelihoods, 1), "z": z_likelihoods}}
+
+    @torch.no_grad()
+    def haar_start(self) -> LicTcm:
+        """Start as a transform codec instead of at noise, for grey planes.
+
+        As in Elic.haar_start: the four downsamplings become a Haar wavelet packet, low bands first, the upsamplings its
+        inverse. Down, it goes through the convolutions of the residual block, lifted over the bend of the leaky ReLU
+        and past the normalisation; up, through the linear skip. All other branches begin near zero.
+        """
+        for block in self.modules():
+            if isinstance(block, TcmBlock):
+                block.merge.weight.mul_(0.02)
+                block.merge.bias.zero_()
+        signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]).view(4, 2, 2) / 2
+        down = [m for m in self.g_a if not isinstance(m, TcmBlock)]
+        up = [m for m in self.g_s if not isinstance(m, TcmBlock)]
+        bands = 1
+        for analysis, synthesis in zip(down, reversed(up), strict=True):
+            residual = isinstance(analysis, ResidualBlockWithStride)
+            first = analysis.conv1 if residual else analysis
+            last = synthesis.upsample[0] if isinstance(synthesis, ResidualBlockUpsample) else synthesis[0]
+            for convolution in (first, last):
+                convolution.weight.mul_(0.02)
+                convolution.bias.zero_()
+            made = min(4 * bands, first.out_channels)
+            for row in range(made):
+                band, source = divmod(row, bands)
+                first.weight[row].zero_()
+                first.weight[row, source, 1:, 1:] = signs[band]  # taps 1 and 2 of the 3 cover the output's 2x2 block
+                pixels = slice(4 * source, 4 * source + 4)  # of the pixel shuffle
+                last.weight[pixels, row].zero_()
+                last.weight[pixels, row, 1, 1] = signs[band].flatten()
+            if residual:
+                first.bias[:made] = LIFT
+                analysis.conv2.weight.mul_(0.02)
+                analysis.conv2.weight[:made] = 0
+                analysis.conv2.weight[range(made), range(made), 1, 1] = 1
+                analysis.conv2.bias.zero_()[:made] = -LIFT
+                analysis.gdn.gamma.copy_(analysis.gdn.gamma_reparam.init(torch.zeros_like(analysis.gdn.gamma)))
+                analysis.skip.weight.mul_(0.02)
+                analysis.skip.bias.zero_()
+            if isinstance(synthesis, ResidualBlockUpsample):
+                synthesis.conv.weight.mul_(0.02)
+                synthesis.conv.bias.zero_()
+            bands = made
+        return self
+
+
+# Names in github.com/jmliu206/LIC_TCM -> names here. Swin blocks are numbered from 1: a Permute stands before them.
+PUBLIC_NAMES = {
+    r"^module\.": "",
+    r"\.conv1_1\.": ".split.",
+    r"\.conv1_2\.": ".merge.",
+    r"\.conv_block\.": ".convolutions.",
+    r"\.trans_block\.": ".swin.1.",
+    r"\.non_local_block\.block_": ".swin.",
+    r"\.ln([12])\.": r".norm\1.",
+    r"\.msa\.embedding_layer\.": ".attn.qkv.",
+    r"\.msa\.linear\.": ".attn.proj.",
+    r"\.msa\.relative_position_params$": ".attn.relative_position_bias_table",
+    r"\.mlp\.2\.": ".mlp.3.",
+    r"\.in_conv\.": ".squeeze.",
+    r"\.out_conv\.": ".expand.",
+    r"^atten_(mean|scale)\.(\d+)\.0\.": r"slices.\2.\1_attention.",
+    r"^cc_(mean|scale)_transforms\.(\d+)\.": r"slices.\2.\1.",
+    r"^lrp_transforms\.(\d+)\.": r"slices.\1.residual.",
+}
+
+
+def from_public(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the authors' TCM (`state_dict` of their checkpoints) -> weights of LicTcm(3, N, 320)."""
+    weights = {}
+    for name, value in state.items():
+        for theirs, ours in PUBLIC_NAMES.items():
+            name = re.sub(theirs, ours, name)
+        if name.endswith("relative_position_bias_table"):
+            value = value.flatten(1).T  # [heads, 2 w - 1, 2 w - 1] -> [(2 w - 1)^2, heads]
+        weights[name] = value
+    return weights

@@ -1,0 +1,389 @@
+"""Windows see their part of the map and nothing else; a receiver that reads the symbols gets the sender's latent."""
+
+import pytest
+import torch
+from compressai.ans import RansDecoder, RansEncoder
+from pytest import approx
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stages.lib.tcm import LicTcm, SwinAttention, TcmBlock, WindowAttention, from_public, swin
+
+WINDOW = 4
+
+
+def tiny(plane_channels: int = 1) -> LicTcm:
+    torch.manual_seed(0)
+    widths = {"head_dims": (4, 4, 8), "hyper_channels": 8, "context_widths": (16, 8, 8)}
+    return LicTcm(plane_channels, 8, 32, slices=4, window=WINDOW, **widths).eval()
+
+
+@pytest.fixture(scope="module")
+def codec() -> LicTcm:
+    return tiny()
+
+
+@pytest.fixture
+def no_initial_weights(monkeypatch):
+    """Large networks are built at once, with whatever the memory holds."""
+    for layer in (nn.Conv2d, nn.Linear):
+        monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
+
+
+def noise(*shape: int, seed: int = 7) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attention(shift: int) -> WindowAttention:
+    torch.manual_seed(1)
+    layer = WindowAttention(8, [WINDOW] * 2, [shift] * 2, 2)
+    nn.init.normal_(layer.relative_position_bias_table, std=2)  # so that a wrong entry shows
+    return layer.requires_grad_(False)
+
+
+def changed_by(module: nn.Module, shape: tuple[int, ...], position: tuple[int, ...]) -> Tensor:
+    """Where the output for a map [1, *shape] changes if one input value does."""
+    x = noise(1, *shape)
+    other = x.clone()
+    other[(0, *position)] += 1
+    with torch.no_grad():
+        return ((module(x) - module(other)).abs() > 1e-7)[0]
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(("N", "weights"), [(64, 45.2e6), (128, 76.6e6)])
+def test_the_papers_networks_have_the_papers_number_of_weights(N, weights, no_initial_weights):
+    assert sum(p.numel() for p in LicTcm(3, N, 320).parameters()) == approx(weights, rel=0.01)
+
+
+def test_narrow_slice_networks_make_a_small_codec():
+    widths = {"head_dims": (8, 8, 24), "hyper_channels": 32, "context_widths": (16, 32, 16)}
+    small = LicTcm(1, 24, 256, slices=4, window=4, **widths)
+    assert sum(p.numel() for p in small.parameters()) < 5e6
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 64, 128), (1, 192, 64)])
+def test_every_multiple_of_64_is_a_size(shape):
+    c, height, width = shape
+    with torch.no_grad():
+        out = tiny(c)(torch.rand(2, *shape))
+    assert out["x_hat"].shape == (2, *shape)
+    assert out["likelihoods"]["y"].shape == (2, 32, height // 16, width // 16)
+    assert out["likelihoods"]["z"].shape == (2, 8, height // 64, width // 64)
+    assert torch.isfinite(out["x_hat"]).all()
+
+
+def test_slices_are_equal():
+    with pytest.raises(ValueError, match="M = 32 does not divide into 5"):
+        LicTcm(1, 8, 32, slices=5, head_dims=(8, 8, 8))
+
+
+# ---- windows
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("size", [(8, 8), (4, 12), (7, 10), (9, 3), (4, 4), (2, 1)])
+def test_window_attention_is_attention_among_positions_between_the_same_borders(size, shift):
+    layer, x = attention(shift), noise(2, *size, 8)
+    bias, same = 0, True
+    for axis, (n, stride) in enumerate(zip(size, (2 * WINDOW - 1, 1), strict=True)):
+        at = torch.meshgrid(*map(torch.arange, size), indexing="ij")[axis].flatten()
+        # Borders lie at the multiples of the window, or half a window later, if there is more than one window.
+        window = (at - (shift if n > WINDOW else 0)).div(WINDOW, rounding_mode="floor")
+        same = same & (window[:, None] == window)
+        bias = bias + (at[:, None] - at + WINDOW - 1) * stride
+    bias = layer.relative_position_bias_table[torch.where(same, bias, 0)].movedim(2, 0)
+    q, k, v = layer.qkv(x.flatten(1, 2)).view(2, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    shares = (q @ k.mT / 2 + bias.masked_fill(~same, -torch.inf)).softmax(-1)  # 2: root of the head dim
+    expected = layer.proj((shares @ v).transpose(1, 2).flatten(2)).view_as(x)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_shifted_windows_see_across_the_borders_of_regular_ones():
+    regular, shifted = (changed_by(swin(8, 4, WINDOW, [s]), (8, 8, 8), (0, 3, 3)).any(0) for s in (False, True))
+    expected = torch.zeros(2, 8, 8, dtype=torch.bool)
+    expected[0, :4, :4] = expected[1, 2:6, 2:6] = True
+    assert torch.equal(regular, expected[0])
+    assert torch.equal(shifted, expected[1])
+
+
+def test_padding_is_not_seen():
+    layer, x = attention(0), noise(1, 6, 7, 8)
+    parts = [[layer(x[:, i : i + 4, j : j + 4]) for j in (0, 4)] for i in (0, 4)]  # 4x4, 4x3, 2x4, 2x3
+    assert torch.allclose(layer(x), torch.cat([torch.cat(row, 2) for row in parts], 1), atol=1e-6)
+
+
+def test_the_position_bias_knows_distances_only():
+    x = noise(1, 8, 8, 8)
+    # The corner stands at the end of a shifted window with the rest of it masked, and at the start of its own.
+    assert torch.allclose(attention(2)(x)[:, :2, :2], attention(0)(x[:, :2, :2]), atol=1e-6)
+
+
+# ---- blocks
+
+
+def test_one_half_of_a_tcm_block_is_local_and_the_other_sees_its_window():
+    torch.manual_seed(0)
+    block = TcmBlock(8, 4, WINDOW, shifted=False)
+    for mix in (block.split, block.merge):
+        nn.init.dirac_(mix.weight)
+    near, far = (changed_by(block, (16, 12, 12), (channel, 4, 4)) for channel in (0, 8))
+    expected = torch.zeros(2, 16, 12, 12, dtype=torch.bool)
+    expected[0, :8, 2:7, 2:7] = True  # two 3x3 convolutions
+    expected[1, 8:, 4:8, 4:8] = True
+    assert not (near & ~expected[0]).any() and near[:8].any(0).sum() == 25
+    assert not (far & ~expected[1]).any() and far[8:].any(0).sum() == 16
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 3)])
+def test_a_shut_gate_leaves_slice_attention_a_pair_of_1x1_convolutions(size):
+    torch.manual_seed(0)
+    layer, x = SwinAttention(24, 16, WINDOW).requires_grad_(False), noise(2, 24, *size)
+    linear = layer.expand(layer.squeeze(x))
+    assert layer(x).shape == x.shape
+    assert not torch.allclose(layer(x), linear, atol=1e-3)
+    nn.init.constant_(layer.conv_b[-1].bias, -1e4)
+    assert torch.equal(layer(x), linear)
+
+
+def test_slice_attention_sees_windows_through_its_gate_only():
+    torch.manual_seed(0)
+    layer = SwinAttention(24, 16, WINDOW)
+    assert changed_by(layer, (24, 16, 16), (0, 0, 0))[:, 4, 4].any()  # the two windows, and then convolutions
+    nn.init.zeros_(layer.conv_b[-1].weight)
+    assert not changed_by(layer, (24, 16, 16), (0, 0, 0))[:, 4, 4].any()  # three 3x3 convolutions reach 3
+
+
+# ---- coding order
+
+
+def symbols_of(codec: LicTcm, side: Tensor, y: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """The sender's y_hat, and symbols, scales and means of every slice."""
+    steps = []
+
+    def code(part: Tensor, scales: Tensor, means: Tensor) -> Tensor:
+        steps.append((torch.round(part - means), scales, means))
+        return steps[-1][0] + means
+
+    with torch.inference_mode():
+        return codec.walk(side, y, code), steps
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_a_slice_reaches_itself_and_later_ones(codec, changed):
+    side, y = noise(2, 64, 4, 8), 9 * noise(2, 32, 4, 8, seed=8)
+    other = y.clone()
+    other[:, 8 * changed : 8 * changed + 8] += 5
+    (before, steps), (after, other_steps) = symbols_of(codec, side, y), symbols_of(codec, side, other)
+    assert [torch.equal(a, b) for a, b in zip(before.chunk(4, 1), after.chunk(4, 1), strict=True)] == [
+        k < changed for k in range(4)
+    ]
+    for of_entropy_model in (1, 2):  # scales, means: of the slice itself they stay
+        same = [torch.equal(a[of_entropy_model], b[of_entropy_model]) for a, b in zip(steps, other_steps, strict=True)]
+        assert same == [k <= changed for k in range(4)]
+
+
+def test_means_and_scales_have_their_own_halves_of_the_side_information(codec):
+    side, y = noise(1, 64, 4, 4), noise(1, 32, 4, 4, seed=8)
+    for half, constant in ((slice(0, 32), 1), (slice(32, 64), 2)):
+        other = side.clone()
+        other[:, half] += 1
+        first, changed = symbols_of(codec, side, y)[1][0], symbols_of(codec, other, y)[1][0]
+        assert torch.equal(first[constant], changed[constant])
+        assert not torch.equal(first[3 - constant], changed[3 - constant])
+
+
+def test_the_predicted_residual_is_below_half_a_step(codec):
+    y_hat, steps = symbols_of(codec, noise(1, 64, 4, 4), 9 * noise(1, 32, 4, 4, seed=8))
+    residual = y_hat - torch.cat([symbols + means for symbols, _, means in steps], 1)
+    assert residual.abs().min() > 0 and residual.abs().max() < 0.5
+
+
+@pytest.mark.parametrize("size", [(4, 8), (5, 3)])
+def test_the_receiver_gets_the_senders_latent_to_the_bit(codec, size):
+    side, y = noise(2, 64, *size), 9 * noise(2, 32, *size, seed=8)
+    sent, steps = symbols_of(codec, side, y)
+    symbols = iter([s for s, _, _ in steps])
+    with torch.inference_mode():
+        received = codec.walk(side, torch.zeros_like(y), lambda part, scales, means: next(symbols) + means)
+    assert torch.equal(received, sent)
+
+
+def test_real_bits_are_the_estimated_ones_and_decode():
+    codec = tiny()
+    v, u = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
+    x = (0.5 + 0.3 * torch.sin(u / 11) * torch.cos(v / 17) + 0.1 * torch.sign(torch.sin((u + v) / 9)))[None, None]
+    with torch.inference_mode():
+        y = 20 * functional.layer_norm(codec.g_a(x), x.shape[:1] + (32, 16, 16))
+        side = codec.h_s(codec.entropy_bottleneck(codec.h_a(y))[0])
+        for model in codec.slices:  # scales that fit on the whole, where untrained ones do not
+            model.scale[-1].weight.mul_(0.1)
+            model.scale[-1].bias.fill_(y.std())
+    codec.update()
+    gaussian = codec.gaussian_conditional
+    tables = [t.tolist() for t in (gaussian.quantized_cdf, gaussian.cdf_length, gaussian.offset)]
+    sent, steps = symbols_of(codec, side, y)
+    symbols, scales = (torch.cat(parts, 1) for parts in list(zip(*steps, strict=True))[:2])
+    # In the order of the walk: slice by slice.
+    indexes = gaussian.build_indexes(scales)
+    string = RansEncoder().encode_with_indexes(symbols.flatten().int().tolist(), indexes.flatten().tolist(), *tables)
+    estimate = -gaussian(symbols, scales)[1].log2().sum().item()
+    assert 20_000 < estimate < 8 * len(string) / 0.99
+    assert 8 * len(string) == approx(estimate, rel=0.03, abs=100)
+
+    decoder = RansDecoder()
+    decoder.set_stream(string)
+
+    def read(part: Tensor, scales: Tensor, means: Tensor) -> Tensor:
+        row = decoder.decode_stream(gaussian.build_indexes(scales).flatten().tolist(), *tables)
+        return torch.tensor(row, dtype=torch.float32).view(part.shape) + means
+
+    with torch.inference_mode():
+        assert torch.equal(codec.walk(side, torch.zeros_like(y), read), sent)
+
+
+# ---- training
+
+
+def test_training_blurs_the_likelihoods_and_rounds_the_reconstruction():
+    codec, x = tiny().train(), torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        one, two, final = codec(x), codec(x), codec.eval()(x)
+    assert torch.equal(one["x_hat"], two["x_hat"]) and torch.equal(one["x_hat"], final["x_hat"])
+    assert all(not torch.equal(one["likelihoods"][k], two["likelihoods"][k]) for k in "yz")
+
+
+def test_every_weight_is_trained():
+    codec = tiny().train()
+    nn.init.ones_(codec.h_a[-1].bias)  # z of untrained weights rounds to 0, and what meets only 0 has no gradient
+    out = codec(torch.rand(2, 1, 128, 64))
+    (out["x_hat"].square().sum() - sum(p.log().sum() for p in out["likelihoods"].values())).backward()
+    idle = [n for n, p in codec.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == ["entropy_bottleneck.quantiles"]
+
+
+# ---- the authors' weights
+
+
+def public_shapes(N: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of `TCM(N=N)` in github.com/jmliu206/LIC_TCM, models/tcm.py."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def layer(name: str, *shape: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+
+    def conv(name: str, given: int, made: int, kernel: int = 3) -> None:
+        layer(name, made, given, kernel, kernel)
+
+    def gdn(name: str) -> None:
+        shapes.update({f"{name}.beta": (2 * N,), f"{name}.gamma": (2 * N, 2 * N)})
+        for part in ("beta", "gamma"):
+            shapes.update({f"{name}.{part}_reparam.pedestal": (1,), f"{name}.{part}_reparam.lower_bound.bound": (1,)})
+
+    def down(name: str, given: int) -> None:
+        conv(f"{name}.conv1", given, 2 * N)
+        conv(f"{name}.conv2", 2 * N, 2 * N)
+        gdn(f"{name}.gdn")
+        conv(f"{name}.skip", given, 2 * N, 1)
+
+    def up(name: str, given: int) -> None:
+        conv(f"{name}.subpel_conv.0", given, 8 * N)
+        conv(f"{name}.conv", 2 * N, 2 * N)
+        gdn(f"{name}.igdn")
+        conv(f"{name}.upsample.0", given, 8 * N)
+
+    def swin_block(name: str, dim: int, head_dim: int, window: int) -> None:
+        shapes[f"{name}.msa.relative_position_params"] = (dim // head_dim, 2 * window - 1, 2 * window - 1)
+        layer(f"{name}.msa.embedding_layer", 3 * dim, dim)
+        layer(f"{name}.msa.linear", dim, dim)
+        layer(f"{name}.ln1", dim)
+        layer(f"{name}.ln2", dim)
+        layer(f"{name}.mlp.0", 4 * dim, dim)
+        layer(f"{name}.mlp.2", dim, 4 * dim)
+
+    def stage(name: str, first: int, head_dim: int, window: int = 8) -> None:
+        for block in (f"{name}.{first}", f"{name}.{first + 1}"):
+            swin_block(f"{block}.trans_block", N, head_dim, window)
+            conv(f"{block}.conv1_1", 2 * N, 2 * N, 1)
+            conv(f"{block}.conv1_2", 2 * N, 2 * N, 1)
+            conv(f"{block}.conv_block.conv1", N, N)
+            conv(f"{block}.conv_block.conv2", N, N)
+
+    for k, head_dim in enumerate((8, 16, 32)):
+        down(f"g_a.{3 * k}", 2 * N if k else 3)
+        stage("g_a", 3 * k + 1, head_dim)
+        up(f"g_s.{3 * k}", 2 * N if k else 320)
+        stage("g_s", 3 * k + 1, (32, 16, 8)[k])
+    conv("g_a.9", 2 * N, 320)
+    conv("g_s.9.0", 2 * N, 12)
+    down("h_a.0", 320)
+    stage("h_a", 1, 32, 4)
+    conv("h_a.3", 2 * N, 192)
+    for kind in ("mean", "scale"):
+        up(f"h_{kind}_s.0", 192)
+        stage(f"h_{kind}_s", 1, 32, 4)
+        conv(f"h_{kind}_s.3.0", 2 * N, 1280)
+
+    def transform(name: str, given: int) -> None:
+        for place, widths in ((0, (given, 224)), (2, (224, 128)), (4, (128, 64))):
+            conv(f"{name}.{place}", *widths)
+
+    for k in range(5):
+        support = 320 + 64 * k
+        for kind in ("mean", "scale"):
+            attention = f"atten_{kind}.{k}.0"
+            conv(f"{attention}.in_conv", support, 128, 1)
+            conv(f"{attention}.out_conv", 128, support, 1)
+            for unit in [f"{attention}.conv_{branch}.{i}.conv" for branch in "ab" for i in range(3)]:
+                conv(f"{unit}.0", 128, 64, 1)
+                conv(f"{unit}.2", 64, 64)
+                conv(f"{unit}.4", 64, 128, 1)
+            conv(f"{attention}.conv_b.3", 128, 128, 1)
+            swin_block(f"{attention}.non_local_block.block_1", 128, 16, 8)
+            swin_block(f"{attention}.non_local_block.block_2", 128, 16, 8)
+            transform(f"cc_{kind}_transforms.{k}", support)
+        transform(f"lrp_transforms.{k}", support + 64)
+
+    filters = (1, 3, 3, 3, 3, 1)
+    for i in range(5):  # names of compressai before 1.2.5
+        shapes[f"entropy_bottleneck._matrix{i}"] = (192, filters[i + 1], filters[i])
+        shapes[f"entropy_bottleneck._bias{i}"] = (192, filters[i + 1], 1)
+        if i < 4:
+            shapes[f"entropy_bottleneck._factor{i}"] = (192, filters[i + 1], 1)
+    shapes |= {"entropy_bottleneck.quantiles": (192, 1, 3), "entropy_bottleneck.target": (3,)}
+    for model in ("entropy_bottleneck", "gaussian_conditional"):
+        shapes |= {f"{model}.{name}": (0,) for name in ("_offset", "_quantized_cdf", "_cdf_length")}
+        shapes[f"{model}.likelihood_lower_bound.bound"] = (1,)
+    shapes |= {f"gaussian_conditional.{name}": (1,) for name in ("lower_bound_scale.bound", "scale_bound")}
+    shapes["gaussian_conditional.scale_table"] = (0,)
+    return {f"module.{name}": shape for name, shape in shapes.items()}
+
+
+def test_the_authors_weights_fit_name_by_name(no_initial_weights):
+    state = {name: torch.tensor(float(i)).expand(shape) for i, (name, shape) in enumerate(public_shapes(64).items())}
+    codec = LicTcm(3, 64, 320)
+    codec.load_state_dict(from_public(state))  # strict
+    ours = codec.state_dict()
+    for theirs, name in {
+        "g_s.9.0.bias": "g_s.9.0.bias",
+        "g_a.2.conv1_1.weight": "g_a.2.split.weight",
+        "g_a.2.conv_block.conv2.weight": "g_a.2.convolutions.conv2.weight",
+        "h_mean_s.1.trans_block.ln2.weight": "h_mean_s.1.swin.1.norm2.weight",
+        "atten_scale.3.0.non_local_block.block_2.msa.linear.bias": "slices.3.scale_attention.swin.2.attn.proj.bias",
+        "cc_mean_transforms.4.2.weight": "slices.4.mean.2.weight",
+        "lrp_transforms.0.4.weight": "slices.0.residual.4.weight",
+        "entropy_bottleneck._matrix3": "entropy_bottleneck.matrices.3",
+    }.items():
+        assert (ours[name] == state[f"module.{theirs}"].flatten()[0]).all()
+
+
+def test_the_authors_position_bias_is_ours():
+    theirs = noise(2, 7, 7)  # head, rows from key to query + 3, columns + 3
+    (ours,) = from_public({"g_a.1.trans_block.msa.relative_position_params": theirs}).values()
+    layer = attention(0)
+    layer.relative_position_bias_table.copy_(ours)
+    at = torch.arange(16)
+    down, right = (i[:, None] - i for i in (at // 4, at % 4))
+    assert torch.equal(layer.get_relative_position_bias()[0], theirs[:, down + 3, right + 3])
