@@ -76,6 +76,14 @@ def test_a_plane_is_coded_alike_in_any_company():
     assert torch.equal(decoded, torch.stack([together[i].plane for i in order]))
 
 
+@pytest.mark.parametrize("option", ["no-sao=1", "no-deblock=1", "tskip=1", "ipratio=1"])
+def test_x265_heeds_its_options(monkeypatch, option):
+    dots = 0.3 + 0.4 * (planes(1, 1, 32, 64) > 0.9)  # what transform skipping is for
+    (coded,) = codec.encode(dots, 36)
+    monkeypatch.setattr(hevc, "X265_PARAMS", hevc.X265_PARAMS.replace(f":{option}", ""))
+    assert codec.encode(dots, 36)[0].string != coded.string
+
+
 def test_coding_twice_gives_the_same_bytes():
     assert codec.encode(structured(), 27)[0].string == codec.encode(structured(), 27)[0].string
 
@@ -142,12 +150,14 @@ def test_levels_are_qps_for_every_lambda():
 
 @pytest.mark.parametrize("lmbda", [1e-3, 3.5e-3, 0.012, 0.04])
 def test_the_qp_of_a_lambda_is_near_the_best_for_it(lmbda):
+    plane = structured(128, 256)  # on a smaller one the loss jumps from QP to QP
+
     def loss(level: int) -> float:
-        (coded,) = codec.encode(structured(), level)
-        return 8 * len(coded.string) + lmbda * 255**2 * (coded.plane - structured()[0]).square().sum().item()
+        (coded,) = codec.encode(plane, level)
+        return 8 * len(coded.string) + lmbda * 255**2 * (coded.plane - plane[0]).square().sum().item()
 
     level = codec.level(lmbda)
-    assert loss(level) < 1.03 * min(loss(level + step) for step in (-6, -4, -2, -1, 1, 2, 4, 6))
+    assert loss(level) < 1.02 * min(loss(level + step) for step in (-6, -4, -3, -2, -1, 1, 2, 3, 4, 6))
 
 
 def test_the_highest_rate_leaves_little_more_than_the_rounding_to_10_bits():
@@ -178,16 +188,21 @@ def test_a_string_that_breaks_off_is_refused_or_already_says_all(shape):
             assert length >= n - 2 and torch.equal(codec.decode([coded.string[:length]], 35, shape)[0], coded.plane)
 
 
-def test_random_bytes_and_flipped_bits_give_a_picture_or_are_refused():
+def test_flipped_bits_give_a_picture_or_are_refused():
     shape, rng = (1, 16, 32), random.Random(0)
     (coded,) = codec.encode(structured(*shape[1:]), 35)
-    n = len(coded.string)
     outcomes = []
-    for _ in range(150):
+    for _ in range(200):
         damaged = bytearray(coded.string)
-        damaged[rng.randrange(n)] ^= 1 << rng.randrange(8)
-        outcomes += [refused(bytes(damaged), shape), refused(rng.randbytes(n), shape)]
-    assert sum(outcomes) > 200
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        outcomes.append(refused(bytes(damaged), shape))
+    assert any(outcomes)
+
+
+def test_random_bytes_are_nearly_always_refused():
+    rng = random.Random(0)
+    outcomes = [refused(rng.randbytes(rng.randrange(60)), (1, 16, 32)) for _ in range(200)]
+    assert sum(outcomes) > 190
 
 
 @pytest.mark.parametrize("other", [(1, 32, 64), (1, 128, 128)])

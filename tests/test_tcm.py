@@ -75,9 +75,11 @@ def test_every_multiple_of_64_is_a_size(shape):
     assert torch.isfinite(out["x_hat"]).all()
 
 
-def test_slices_are_equal():
-    with pytest.raises(ValueError, match="M = 32 does not divide into 5"):
+def test_widths_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="M = 32 does not divide into 5 equal slices"):
         LicTcm(1, 8, 32, slices=5, head_dims=(8, 8, 8))
+    with pytest.raises(ValueError, match="8 channels do not divide into heads of 16"):
+        LicTcm(1, 8, 32, slices=4)
 
 
 # ---- windows
@@ -201,11 +203,14 @@ def test_the_predicted_residual_is_below_half_a_step(codec):
     assert residual.abs().min() > 0 and residual.abs().max() < 0.5
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(4, 8), (5, 3)])
-def test_the_receiver_gets_the_senders_latent_to_the_bit(codec, size):
-    side, y = noise(2, 64, *size), 9 * noise(2, 32, *size, seed=8)
-    sent, steps = symbols_of(codec, side, y)
-    symbols = iter([s for s, _, _ in steps])
+def test_the_receiver_gets_the_senders_latent_to_the_bit(size, memory_format):
+    codec = tiny().to(memory_format=memory_format)
+    side = noise(2, 64, *size).contiguous(memory_format=torch.channels_last)
+    y = 9 * noise(2, 32, *size, seed=8)
+    sent, steps = symbols_of(codec, side, y.contiguous(memory_format=torch.channels_last))
+    symbols = iter([s.contiguous() for s, _, _ in steps])  # as a decoder lays them out
     with torch.inference_mode():
         received = codec.walk(side, torch.zeros_like(y), lambda part, scales, means: next(symbols) + means)
     assert torch.equal(received, sent)
@@ -347,7 +352,7 @@ def public_shapes(N: int) -> dict[str, tuple[int, ...]]:
         transform(f"lrp_transforms.{k}", support + 64)
 
     filters = (1, 3, 3, 3, 3, 1)
-    for i in range(5):  # names of compressai before 1.2.5
+    for i in range(5):  # compressai's older names
         shapes[f"entropy_bottleneck._matrix{i}"] = (192, filters[i + 1], filters[i])
         shapes[f"entropy_bottleneck._bias{i}"] = (192, filters[i + 1], 1)
         if i < 4:

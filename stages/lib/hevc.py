@@ -21,7 +21,7 @@ from torch.nn import functional
 from stages.lib.learned import Coded
 from stages.lib.params import InputError
 
-PEAK = 1023  # of 10 bits: the rounding error of 8 would show at the highest rates
+PEAK = 1023  # of 10 bits, at which x265 also predicts and reconstructs
 LEAST_SIDE = 16  # of a picture that x265 takes
 SLICE_START = b"\x00\x00\x01\x28\x01"  # start code and header of an IDR slice, always these; never found inside one
 # The squared error decides (no psychovisual terms, one QP everywhere). `medium`, with less RDOQ, costs 5 % more bits,
@@ -30,7 +30,7 @@ SLICE_START = b"\x00\x00\x01\x28\x01"  # start code and header of an IDR slice, 
 OPTIONS = {"preset": "slow", "tune": "psnr"}
 X265_PARAMS = (
     "keyint=1:ipratio=1"  # by default an intra picture gets a QP 3 below the one asked for
-    ":sao=0:deblock=0:tskip=1"
+    ":no-sao=1:no-deblock=1:tskip=1"  # deblock=0 would be an offset, and filter
     ":pools=none:frame-threads=1:info=0:log-level=none"
 )
 
@@ -96,7 +96,7 @@ def _encoder(rows: int, columns: int, qp: int) -> av.VideoCodecContext:
 
 
 def _encode(picture: np.ndarray, qp: int) -> bytes:
-    """uint16 [rows, columns] -> its slice, by an encoder of its own: pictures of one stream can change each other."""
+    """uint16 [rows, columns] -> its slice, by an encoder of its own: no other picture can change it."""
     encoder = _encoder(*picture.shape, qp)
     frame = av.VideoFrame.from_ndarray(picture, format=encoder.pix_fmt)
     (packet,) = encoder.encode(frame) + encoder.encode(None)

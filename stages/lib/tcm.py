@@ -53,25 +53,29 @@ class WindowAttention(ShiftedWindowAttention):
         size, heads = self.window_size[0], self.num_heads
         # A shift moves the borders between windows, and one window has none.
         shifts = [shift if n > size else 0 for shift, n in zip(self.shift_size, (height, width), strict=True)]
+        apart = self._apart((height, width), shifts, x.device)
+        bias = self.get_relative_position_bias().masked_fill(apart, -torch.inf)  # [n, heads, L, L]
+
         x = functional.pad(x, (0, 0, 0, -width % size, 0, -height % size))
         rows = x.shape[1] // size
-        x = _windows(x.roll([-shift for shift in shifts], (1, 2)), size)  # [B, n, L, C], n windows of L = size^2
+        x = _windows(x.roll([-shift for shift in shifts], (1, 2)), size)  # [B, n, L, C]: n windows, L = size^2
         qkv = self.qkv(x).unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)
-        q, k, v = qkv.flatten(2, 3)  # [B, n * heads, L, C / heads]: the mask is not the same in all windows
-        down, right = (self._regions(n, shift, x.device) for n, shift in zip((height, width), shifts, strict=True))
-        region = _windows((4 * down[:, None] + right)[None, :, :, None], size)  # [1, n, L, 1]
-        bias = self.get_relative_position_bias().masked_fill((region != region.mT).movedim(1, 0), -torch.inf)
+        q, k, v = qkv.flatten(2, 3)  # [B, n heads, L, C / heads]
         x = functional.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1)[None])
         x = self.proj(x.unflatten(1, (-1, heads)).transpose(2, 3).flatten(3))  # [B, n, L, C]
         x = x.unflatten(2, (size, size)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return x.roll(shifts, (1, 2))[:, :height, :width]
 
-    def _regions(self, n: int, shift: int, device: torch.device) -> Tensor:
-        """Positions of a rolled, padded axis -> what they belong to: 0 the map, 1 its part that the roll took from the
-        other end, 2 and 3 padding. Neighbours in the map within a window have equal numbers, others have not."""
-        padded = n + -n % self.window_size[0]
-        at = torch.arange(padded, device=device) + shift
-        return at // padded + 2 * (at % padded >= n)
+    def _apart(self, sizes: tuple[int, int], shifts: list[int], device: torch.device) -> Tensor:
+        """Which positions of a window only padding or the roll brought together [n, 1, L, L]."""
+        regions = []  # 0: the map, 1: its part that the roll brought from the other end, 2 and 3: padding
+        for n, shift in zip(sizes, shifts, strict=True):
+            padded = n + -n % self.window_size[0]
+            at = torch.arange(padded, device=device) + shift
+            regions.append(at // padded + 2 * (at % padded >= n))
+        down, right = regions
+        region = _windows((4 * down[:, None] + right)[None, :, :, None], self.window_size[0])  # [1, n, L, 1]
+        return (region != region.mT).movedim(1, 0)
 
 
 def _windows(x: Tensor, size: int) -> Tensor:
@@ -81,6 +85,8 @@ def _windows(x: Tensor, size: int) -> Tensor:
 
 def swin(dim: int, head_dim: int, window: int, shifted: list[bool]) -> nn.Sequential:
     """Swin blocks on [B, dim, H, W], one for each entry of `shifted`: windows regular, or shifted by half a window."""
+    if dim % head_dim:
+        raise ValueError(f"{dim} channels do not divide into heads of {head_dim}; choose a multiple")
     blocks = [
         SwinTransformerBlock(dim, dim // head_dim, [window] * 2, [window // 2 * s] * 2, attn_layer=WindowAttention)
         for s in shifted
@@ -89,7 +95,7 @@ def swin(dim: int, head_dim: int, window: int, shifted: list[bool]) -> nn.Sequen
 
 
 class TcmBlock(nn.Module):
-    """Half of the channels through convolutions, the other half through a Swin block, and mixed (paper, section 3.2).
+    """Half of the channels through convolutions, the other half through a Swin block, and mixed.
 
     [B, 2 N, H, W] -> the same shape.
     """
@@ -218,14 +224,15 @@ class LicTcm(CompressionModel):
         """Visit the latent's slices in coding order -> y_hat [B, M, H / 16, W / 16].
 
         `code(part of y, scales, means)` returns the quantised part; y goes nowhere else, so a receiver may pass zeros.
-        Half of what rounding took away, at most, is predicted and added back: y_hat = coded + tanh(residual) / 2.
+        What rounding took away, at most half a step, is predicted and added back: y_hat = coded + tanh(residual) / 2.
         """
         side_of_means, side_of_scales = side.chunk(2, 1)
         y_hat: list[Tensor] = []
         for part, model in zip(y.chunk(len(self.slices), 1), self.slices, strict=True):
             known = model.mean_attention(torch.cat([side_of_means, *y_hat], 1))
             scales = model.scale(model.scale_attention(torch.cat([side_of_scales, *y_hat], 1)))
-            coded = code(part, scales, model.mean(known))
+            # Layouts choose convolution routines, which round differently: a receiver's would not be the sender's.
+            coded = code(part, scales, model.mean(known)).contiguous(memory_format=torch.channels_last)
             y_hat.append(coded + 0.5 * torch.tanh(model.residual(torch.cat([known, coded], 1))))
         return torch.cat(y_hat, 1)
 
