@@ -17,7 +17,7 @@ from stages.lib.params import InputError, check_params, entry, load_params
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted([ROOT / "params.yaml", *ROOT.glob("profiles/*/params.yaml")])
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+PARAMS = yaml.safe_load((ROOT / "profiles/codecs/params.yaml").read_text())  # it has everything
 MISSING = object()
 
 
@@ -32,6 +32,16 @@ def changed(key: str, value: Any) -> dict[str, Any]:
     else:
         place[last] = value
     return params
+
+
+def test_the_codecs_profile_is_the_default_one_with_more_codecs() -> None:
+    default = yaml.safe_load((ROOT / "params.yaml").read_text())
+    more = yaml.safe_load((ROOT / "profiles/codecs/params.yaml").read_text().replace("../../data", "data"))
+    assert (default["root"], more["root"]) == (".", "../..")
+    for section in ("codecs", "cells"):
+        assert default[section].items() <= more[section].items()
+    for section in set(default) - {"root", "codecs", "cells"}:
+        assert default[section] == more[section]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)

@@ -100,8 +100,8 @@ def test_a_rerun_starts_no_stage(smoke: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "runs", "rests"),
     [
-        ("q2: 0.0015", "q2: 0.0016", {"compress@small-elic-q2"}, {"compress@small-elic-q1", "measure@small-elic-q1"}),
-        ("q2, points: 5}\n  seg", "q2, points: 6}\n  seg", {"allocate@detection-elic"}, {"allocate@keypoints-elic"}),
+        ("q2: 0.02", "q2: 0.021", {"compress@small-elic-q2"}, {"compress@small-elic-q1", "measure@small-hevc-q1"}),
+        ("q2, points: 5}\n  seg", "q2, points: 6}\n  seg", {"allocate@detection-elic"}, {"allocate@keypoints-hevc"}),
         ("bootstrap: 20", "bootstrap: 21", {"evaluate@detection-elic", "report"}, {"allocate@detection-elic"}),
     ],
 )
