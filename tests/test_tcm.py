@@ -139,6 +139,17 @@ def test_one_half_of_a_tcm_block_is_local_and_the_other_sees_its_window():
     assert not (far & ~expected[1]).any() and far[8:].any(0).sum() == 16
 
 
+def test_the_local_half_skips_its_convolutions_twice():
+    torch.manual_seed(0)
+    block, x = TcmBlock(8, 4, WINDOW, shifted=False).requires_grad_(False), noise(1, 16, 8, 8)
+    for mix in (block.split, block.merge):
+        nn.init.dirac_(mix.weight)
+        nn.init.zeros_(mix.bias)
+    nn.init.zeros_(block.convolutions.conv2.weight)
+    nn.init.zeros_(block.convolutions.conv2.bias)
+    assert torch.allclose(block(x)[:, :8], 3 * x[:, :8])  # the skips around the block, and around its convolutions
+
+
 @pytest.mark.parametrize("size", [(8, 8), (5, 3)])
 def test_a_shut_gate_leaves_slice_attention_a_pair_of_1x1_convolutions(size):
     torch.manual_seed(0)
@@ -150,12 +161,17 @@ def test_a_shut_gate_leaves_slice_attention_a_pair_of_1x1_convolutions(size):
     assert torch.equal(layer(x), linear)
 
 
-def test_slice_attention_sees_windows_through_its_gate_only():
+def test_slice_attention_sees_regular_and_then_shifted_windows_through_its_gate():
     torch.manual_seed(0)
     layer = SwinAttention(24, 16, WINDOW)
-    assert changed_by(layer, (24, 16, 16), (0, 0, 0))[:, 4, 4].any()  # the two windows, and then convolutions
+
+    def reach() -> int:
+        return changed_by(layer, (24, 16, 16), (0, 0, 0)).nonzero().max(0).values[1:].max().item()
+
+    # From 0: 3 by the regular window, 5 by the shifted one after it, and 3 more by three 3x3 convolutions, but faintly.
+    assert 3 + 3 < reach() <= 5 + 3
     nn.init.zeros_(layer.conv_b[-1].weight)
-    assert not changed_by(layer, (24, 16, 16), (0, 0, 0))[:, 4, 4].any()  # three 3x3 convolutions reach 3
+    assert reach() <= 3
 
 
 # ---- coding order
@@ -255,9 +271,12 @@ def test_real_bits_are_the_estimated_ones_and_decode():
 def test_training_blurs_the_likelihoods_and_rounds_the_reconstruction():
     codec, x = tiny().train(), torch.rand(2, 1, 64, 64)
     with torch.no_grad():
-        one, two, final = codec(x), codec(x), codec.eval()(x)
-    assert torch.equal(one["x_hat"], two["x_hat"]) and torch.equal(one["x_hat"], final["x_hat"])
+        one, two = codec(x), codec(x)
+        y = codec.g_a(x)
+        side = codec.h_s(codec.eval().entropy_bottleneck(codec.h_a(y))[0])
+        rounded = codec.g_s(symbols_of(codec, side, y)[0])
     assert all(not torch.equal(one["likelihoods"][k], two["likelihoods"][k]) for k in "yz")
+    assert all(torch.allclose(out["x_hat"], rounded, atol=1e-5) for out in (one, two))
 
 
 def test_every_weight_is_trained():
@@ -392,3 +411,21 @@ def test_the_authors_position_bias_is_ours():
     at = torch.arange(16)
     down, right = (i[:, None] - i for i in (at // 4, at % 4))
     assert torch.equal(layer.get_relative_position_bias()[0], theirs[:, down + 3, right + 3])
+
+
+# ---- Haar start
+
+
+def test_the_haar_start_is_a_transform_codec():
+    torch.manual_seed(0)
+    net = LicTcm(1, 32, 256, 4, window=4, blocks=1, hyper_channels=32, context_widths=(16, 16, 16)).eval()
+    plane = 0.05 * noise(1, 1, 64, 64)  # about 0, as LearnedCodec shows planes to g_a
+
+    def error(net: LicTcm) -> Tensor:
+        with torch.no_grad():
+            return (net.g_s(net.g_a(plane)) - plane).square().mean() / plane.square().mean()
+
+    assert error(net) > 0.5
+    assert error(net.haar_start()) < 0.1
+    with torch.no_grad():  # orthonormal: as much energy in 256 latents per 256 pixels
+        assert net.g_a(plane).square().sum().item() == approx(plane.square().sum().item(), rel=0.1)
