@@ -210,7 +210,7 @@ def test_zero_steps_keep_the_given_weights(run, codec_file, tmp_path):
         assert all(torch.equal(part[name], expected[name]) for name in part)
     assert read_csv(tmp_path / "reports" / "loss.csv").columns.tolist() == ["step", "loss", "bpp_plane", "mse"]
     curves = read_csv(tmp_path / "reports" / "rate_distortion.csv")
-    assert len(curves) == len(SCALES) * (CONFIG["gains"] + len(JPEG_QUALITIES))
+    assert len(curves) == len(SCALES) * (len(train_codec.LAMBDAS) + len(JPEG_QUALITIES))
 
 
 def edited(codec_file: Path, path: Path, edit) -> Path:
