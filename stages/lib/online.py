@@ -1,0 +1,399 @@
+"""The method on one image. Sender: image -> bytes of a `.mfb` file. Receiver: these bytes -> detections.
+
+    image -> backbone -> pyramid -> precoding -> MFIP -> weights -> allocation -> phi -> records -> file -> ...
+                                                                        ^
+                                                 lambda', or the size of the file
+    ... file -> decoded pyramid -> heads -> detections
+
+Both sides run on one thread, as the workers of `shards`: there the same sums are made in the same order, so that one
+image has one file, and what was coded decodes on a machine with another number of cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
+
+from stages.lib import mfip
+from stages.lib.accuracy import results
+from stages.lib.allocation import BISECTIONS, LOG10_LAMBDA_PRIME, Choose, column, mfiba, uniform
+from stages.lib.bitstream import (
+    FRAME_BYTES,
+    MAX_SIDE,
+    Bitstream,
+    BitstreamError,
+    check_identity,
+    identity,
+    pack,
+    pack_record,
+    parse_record,
+)
+from stages.lib.coding import FeatureCodec, decode_scale, encode_scale, load_codec, pyramid_shapes
+from stages.lib.files import read_json
+from stages.lib.models import Sizes, detect, heads_for, load_model, pyramid_of, read_image
+from stages.lib.params import SCALES, InputError, load_params
+from stages.lib.planes import plane_shape
+
+TOLERANCE = 0.05  # of a wanted size of the file
+MASK_BYTES = 2**33  # that the masks of one image may take; torchvision pastes them into the original size
+SHOWN = 0.5  # least score of a detection that is drawn
+COLORS = ("lime", "cyan", "magenta", "orange", "deepskyblue")  # of boxes and masks, in turn; keypoints are yellow
+INSTANCES = {  # stage -> its instance for a cell, as dvc.yaml's `foreach` and `matrix` call it
+    "train_model": "{model}",
+    "train_codec": "{model}-{codec}",
+    "fit_loss_rate": "{name}",
+    "train_mfip": "{name}",
+}
+
+
+class Cell(NamedTuple):
+    """One of `cells` in params.yaml."""
+
+    name: str
+    task: str
+    model: str
+    codec: str
+    params: dict[str, Any]  # all of params.yaml
+
+    @property
+    def image_size(self) -> dict[str, int]:
+        return self.params["models"][self.model]["image_size"]
+
+    def made_by(self, stage: str) -> Path:
+        """The first output of a stage of dvc.yaml for this cell; InputError says how to make one that is missing."""
+        definition = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]
+        values = {"key": self.model, "item.task": self.task, "item.model": self.model, "item.codec": self.codec}
+        template = definition.get("do", definition)["outs"][0]
+        path = Path(re.sub(r"\$\{([a-z.]+)}", lambda match: values[match[1]], template))
+        if not path.is_file():
+            target = f"{stage}@{INSTANCES[stage].format(**self._asdict())}"
+            raise InputError(f"{path}: no such file; make it with `dvc repro {target}`")
+        return path
+
+
+class Networks(NamedTuple):
+    """What both sides have, and the `identity` of their two files."""
+
+    detector: nn.Module
+    feature_codec: FeatureCodec
+    model_id: bytes
+    codec_id: bytes
+
+
+class Encoded(NamedTuple):
+    data: bytes  # the file
+    bpp: float  # of the whole file; pixels are those of the image as it was given
+    wanted_bpp: float | None  # None where lambda' or phi was given
+    weights: np.ndarray | None  # [5]; None where phi was given
+    phi: np.ndarray  # [5]
+    scale_bits: np.ndarray  # [5], of the records
+    seconds: dict[str, float]  # of each step
+
+
+class Stopwatch:
+    """Seconds of named steps, in their order."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - start
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def load_cell(name: str) -> Cell:
+    """A cell of the profile in the working folder."""
+    params = load_params()
+    if name not in params["cells"]:
+        raise InputError(f"--cell is {name!r}: it is not in params.yaml; choose from {', '.join(params['cells'])}")
+    return Cell(name, params=params, **params["cells"][name])
+
+
+def load_networks(cell: Cell) -> Networks:
+    model, codec = cell.made_by("train_model"), cell.made_by("train_codec")
+    detector, feature_codec = load_model(model, cell.params["models"][cell.model]), load_codec(codec)
+    if feature_codec.channels != detector.backbone.out_channels:
+        raise InputError(
+            f"{codec}: made for pyramids of {feature_codec.channels} channels, {model} has "
+            f"{detector.backbone.out_channels}; run train_codec again"
+        )
+    return Networks(detector, feature_codec, identity(model), identity(codec))
+
+
+# ---------------------------------------------------------------- sender
+
+
+@one_thread()
+@torch.inference_mode()
+def encode(
+    path: Path, cell: Cell, phi: int | None = None, lambda_prime: float | None = None, bpp: float | None = None
+) -> Encoded:
+    """An image file -> its feature bitstream. At most one of the last three is given:
+
+    phi: one quality for all scales. lambda_prime: the price of a bit in the allocation `mfiba`, as in `allocate`.
+    bpp: bits of the file per pixel of the image, met within 5 % where the qualities reach that far, else as nearly as
+    they do. With none, the bpp that the precoding alone would have.
+    """
+    lambdas, precode = cell.params["lambdas"], cell.params["tasks"][cell.task]["precode"]
+    _check_choice(len(lambdas), phi, lambda_prime, bpp)
+    image = _read(path, cell)
+    networks = load_networks(cell)
+    importance = None if phi is not None else (_load_fit(cell), mfip.load(cell.made_by("train_mfip")))
+    feature_codec, clock = networks.feature_codec, Stopwatch()
+
+    with clock("backbone"):
+        pyramid, sizes = pyramid_of(networks.detector, image)
+    _check_sizes(sizes.original, sizes.resized, cell, networks.detector)
+    pixels = sizes.original[0] * sizes.original[1]
+
+    @cache
+    def record(scale: str, level: int) -> bytes:
+        return encode_scale(pyramid[scale].cpu(), scale, level, feature_codec)[0].data
+
+    def records(phi: np.ndarray) -> list[bytes]:
+        """phi [5], whole or not: between two lambdas of the profile the logarithm is interpolated."""
+        between = np.exp(np.interp(phi, np.arange(len(lambdas)), np.log(list(lambdas.values()))))
+        levels = [feature_codec.codec.level(lmbda) for lmbda in between]
+        return [record(scale, level) for scale, level in zip(SCALES, levels, strict=True)]
+
+    def bits(phi: np.ndarray) -> int:
+        return 8 * (FRAME_BYTES + sum(map(len, records(phi))))
+
+    weights = wanted = None
+    if importance is None:
+        (chosen,) = uniform(phi, 1)
+    else:
+        fit, predictor = importance
+        with clock("precoding"):
+            (precoded,) = uniform(list(lambdas).index(precode), 1)
+            decoded = {
+                scale: decode_scale([data], scale, pyramid[scale].shape[2:], feature_codec)
+                for scale, data in zip(SCALES, records(precoded), strict=True)
+            }
+        with clock("MFIP"):
+            weights = predictor(decoded).double().numpy()  # [1, 5]
+        with clock("allocation"):
+            choose = _method(weights, _plane_pixels(pyramid, feature_codec), fit, len(lambdas))
+            if lambda_prime is not None:
+                chosen = choose(lambda_prime)
+            else:
+                wanted = bits(precoded) if bpp is None else bpp * pixels
+                chosen = nearest_in_size(choose, bits, wanted, len(lambdas) - 1)
+    with clock("coding"):  # what precoding and allocation have not coded yet
+        coded = dict(zip(SCALES, records(chosen), strict=True))
+    data = pack(
+        Bitstream(
+            networks.model_id,
+            networks.codec_id,
+            sizes.original,
+            sizes.resized,
+            {scale: parse_record(data)[0] for scale, data in coded.items()},
+        )
+    )
+    return Encoded(
+        data,
+        8 * len(data) / pixels,
+        None if wanted is None else wanted / pixels,
+        None if weights is None else weights[0],
+        chosen,
+        np.array([8 * len(data) for data in coded.values()]),
+        clock.seconds,
+    )
+
+
+def nearest_in_size(choose: Choose, bits: Callable[[np.ndarray], float], wanted: float, highest: float) -> np.ndarray:
+    """The first phi [5] found within 5 % of the wanted bits, or the nearest of all that were tried.
+
+    choose: lambda' -> phi, in steps. Bisection of log lambda' ends between two neighbouring allocations, one with too
+    few bits and one with too many. From the first the second is one step away, so that a common shift of all phi by
+    0 to 1, again by bisection, passes the wanted size. No phi rises above `highest`.
+    """
+    log_prices = LOG10_LAMBDA_PRIME[::-1]
+    ends = np.array([choose(10.0**log_price) for log_price in log_prices])
+    least = -log_prices[(ends == ends[0]).all(1)].min()  # nothing is coded to see where phi begins to rise
+    most = -log_prices[(ends == ends[-1]).all(1)].max()
+    tried = []
+
+    def halve(phi_at: Callable[[float], np.ndarray], low: float, high: float) -> float:
+        """phi_at rises, and so do its bits -> the last x with no more bits than wanted."""
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            tried.append(phi_at(middle))
+            size = bits(tried[-1])
+            if abs(size / wanted - 1) <= TOLERANCE:
+                break
+            low, high = (middle, high) if size < wanted else (low, middle)
+        return low
+
+    def error(phi: np.ndarray) -> float:
+        return abs(bits(phi) - wanted)
+
+    low = choose(10.0 ** -halve(lambda x: choose(10.0**-x), least, most))
+    if error(tried[-1]) > TOLERANCE * wanted and bits(low) < wanted:
+        halve(lambda shift: np.minimum(low + shift, highest), 0, 1)
+    return min(tried, key=error)
+
+
+def _method(weights: np.ndarray, pixels: np.ndarray, fit: dict, k: int) -> Choose:
+    """Weights and plane pixels [1, 5], `fit_scales` -> the choice of `mfiba` for the one image, [5]."""
+    alpha, beta = column(fit, "power", "alpha"), column(fit, "power", "beta")
+    slope, offset = column(fit, "rate_phi", "a"), column(fit, "rate_phi", "b")
+    rho = pixels / pixels[:, :1]
+    return lambda lambda_prime: mfiba(weights, alpha, beta, rho, slope, offset, k, lambda_prime)[0]
+
+
+def _plane_pixels(pyramid: dict[str, Tensor], feature_codec: FeatureCodec) -> np.ndarray:
+    shapes = [plane_shape(feature_codec.channels, *pyramid[s].shape[2:], feature_codec.packing) for s in SCALES]
+    return np.array([[height * width for _, height, width in shapes]])  # [1, 5]
+
+
+def _load_fit(cell: Cell) -> dict:
+    path = cell.made_by("fit_loss_rate")
+    fit, k = read_json(path), len(cell.params["lambdas"])
+    fitted = len(fit["mean"][SCALES[0]]["bits"])
+    if fitted != k:
+        raise InputError(f"{path}: fitted on {fitted} qualities, params.yaml has {k} lambdas; run fit_loss_rate again")
+    return fit
+
+
+def _check_choice(k: int, phi: int | None, lambda_prime: float | None, bpp: float | None) -> None:
+    if phi is not None and not 0 <= phi < k:
+        raise InputError(f"--phi is {phi}: params.yaml has {k} lambdas; choose 0 to {k - 1}")
+    for name, value in (("--lambda-prime", lambda_prime), ("--bpp", bpp)):
+        if value is not None and not 0 < value < inf:
+            raise InputError(f"{name} is {value}: it must be a number above 0")
+
+
+def _read(path: Path, cell: Cell) -> Tensor:
+    try:
+        image = read_image(path)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise InputError(f"{path}: cannot be read as an image ({error}); give a picture file") from None
+    short, long = sorted(image.shape[1:])
+    longest = cell.image_size["max"]
+    if long > MAX_SIDE or long >= short * longest:  # at `longest` px the short side would have none
+        raise InputError(
+            f"{path}: is {image.shape[2]} x {image.shape[1]} px, the long side must be at most {MAX_SIDE} px and "
+            f"less than {longest} times the short one; crop or scale the image"
+        )
+    return image
+
+
+# ---------------------------------------------------------------- receiver
+
+
+@one_thread()
+def decode(bitstream: Bitstream, cell: Cell, networks: Networks) -> dict[str, Tensor]:
+    """A file that `parse` accepts -> torchvision's detections for the cell's task, in pixels of the original image.
+
+    Raises InputError, most often BitstreamError, for one that is forged, or meant for other weights.
+    """
+    check_identity(bitstream, networks.model_id, networks.codec_id)
+    _check_sizes(bitstream.original, bitstream.resized, cell, networks.detector)
+    pyramid = decode_pyramid(bitstream, networks.feature_codec)
+    sizes = Sizes(bitstream.original, bitstream.resized, bitstream.padded)
+    with heads_for(networks.detector, {cell.task}):
+        (detection,) = detect(networks.detector, pyramid, [sizes])
+    return detection
+
+
+def decode_pyramid(bitstream: Bitstream, feature_codec: FeatureCodec) -> dict[str, Tensor]:
+    """Records -> scale -> [1, C, H_s, W_s], finite."""
+    shapes = pyramid_shapes(bitstream.padded)
+    try:
+        pyramid = {
+            scale: decode_scale([pack_record(record)], scale, shapes[scale], feature_codec)
+            for scale, record in bitstream.records.items()
+        }
+    except InputError:
+        raise
+    except Exception as error:  # a codec does not expect what a forged payload holds
+        raise BitstreamError(f"a payload cannot be decoded ({error}); code the image again") from error
+    for scale, maps in pyramid.items():
+        if not maps.isfinite().all():
+            raise BitstreamError(f"scale {scale} decodes to features that are not finite; code the image again")
+    return pyramid
+
+
+def coco_results(image_id: int, detection: dict[str, Tensor], task: str) -> list[dict[str, Any]]:
+    """One image's detections -> COCO's results as JSON holds them; keypoints for all labels."""
+    found = results(image_id, detection, task, person_ids=None)
+    for item in found:
+        if task == "segmentation":
+            item["segmentation"]["counts"] = item["segmentation"]["counts"].decode()
+    return found
+
+
+def draw(image: Tensor, detection: dict[str, Tensor], task: str) -> Tensor:
+    """Image [3, H, W] in [0, 1] -> the same with the detections of score 0.5 and more."""
+    found = {name: value[detection["scores"] >= SHOWN].cpu() for name, value in detection.items()}
+    labels = [f"{k} {score:.2f}" for k, score in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)]
+    if not labels:
+        return image
+    colors = [COLORS[i % len(COLORS)] for i in range(len(labels))]
+    if task == "segmentation":
+        image = draw_segmentation_masks(image, found["masks"][:, 0] > 0.5, colors=colors)
+    image = draw_bounding_boxes(image, found["boxes"], labels, colors)
+    if task == "keypoints":
+        image = draw_keypoints(image, found["keypoints"][:, :, :2], colors="yellow")
+    return image
+
+
+# ---------------------------------------------------------------- both
+
+
+def _check_sizes(original: tuple[int, int], resized: tuple[int, int], cell: Cell, detector: nn.Module) -> None:
+    """Raises BitstreamError for sizes that the model's transform does not make, or masks that fit into no memory.
+
+    Memory depends on nothing else in a file, so that a forged one cannot ask for more than an image would.
+    """
+    short, long = sorted(resized)
+    least, most = cell.image_size["min"], cell.image_size["max"]
+    if short > least or long > most:
+        raise BitstreamError(
+            f"size {resized[0]} x {resized[1]} px as the backbone saw it: models.{cell.model}.image_size allows "
+            f"{least} x {most}; take the params.yaml that the image was coded with"
+        )
+    # float32, once for each detection and once in the stack of all
+    needed = 2 * 4 * original[0] * original[1] * detector.roi_heads.detections_per_img
+    if cell.task == "segmentation" and needed > MASK_BYTES:
+        raise BitstreamError(
+            f"size {original[0]} x {original[1]} px: its masks could take {needed / 2**30:.0f} GiB, "
+            f"{MASK_BYTES / 2**30:.0f} are allowed; scale the image down before coding"
+        )
+
+
+def run(parser: argparse.ArgumentParser, main: Callable[..., None]) -> None:
+    """`params.entry` for a command with options: bad input -> one line on stderr and exit code 2."""
+    words = vars(parser.parse_args())
+    try:
+        main(**words)
+    except (InputError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
