@@ -85,7 +85,7 @@ def wholes(count: int | None = None) -> Check:
     return Check(
         lambda value: (
             isinstance(value, list)
-            and len(value) == (count or max(len(value), 1))
+            and (len(value) == count if count else len(value) > 0)
             and all(is_whole(v) and v > 0 for v in value)
         ),
         wanted,
