@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from stages.lib import codec_training
-from stages.lib.coding import FeatureCodec, build_codec, load_codec, load_codec_weights, save_codec
+from stages.lib.coding import FeatureCodec, build_codec, load_codec, load_codec_weights, load_published, save_codec
 from stages.lib.features import Features
 from stages.lib.files import write_csv
 from stages.lib.models import read_checkpoint
@@ -16,13 +16,16 @@ from stages.lib.planes import Packing
 
 SHOWN = 24  # images behind the rate-distortion curves
 LAMBDAS = np.geomspace(1e-4, 0.05, 8).tolist()  # of these curves; not params' own: another one must not retrain codecs
-CONFIG = ("packing", "network", "lambda_range", "gains")
+CONFIG = ("packing", "network", "lambda_range", "gains")  # what the weights depend on
 
 
 def main(features: Path, model: str, name: str, out: Path, reports: Path) -> None:
     params = load_params()
     wanted = params["codecs"][name]
     config = {"codec": name} | {key: wanted[key] for key in CONFIG if key in wanted}
+    family = wanted.get("family", [])
+    if family:
+        config["lambdas"] = [member["lmbda"] for member in family]
     data = Features(features, "train")
     channels = len(data.scale(data.image_ids[0], "0"))
     torch.manual_seed(params["seed"])
@@ -44,13 +47,14 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
         packing = Packing(**start["packing"])
     else:
         packing = codec_training.fit_packing(data, config["packing"])
-        if config["packing"] == "pca" and "network" in config:
-            codec.net.haar_start()
+        if family:
+            load_published(codec, [member["weights"] for member in family])
+        elif config["packing"] == "pca" and "network" in config:
+            codec.net.transform_start(codec_training.block_basis(data, packing))
     log = []
-    if wanted.get("steps"):
-        log = codec_training.train(
-            codec, data, packing, wanted["steps"], wanted["batch"], wanted["crop"], wanted["lr"], params["seed"]
-        )
+    if "steps" in wanted:
+        schedule = codec_training.Schedule(*(wanted[key] for key in codec_training.Schedule._fields))
+        log = codec_training.train(codec, data, packing, schedule, params["seed"])
     save_codec(out, FeatureCodec(codec, packing, channels), config)
     write_csv(reports / "loss.csv", pd.DataFrame(log, columns=["step", "loss", "bpp_plane", "mse"]))
     fit = Features(features, "fit")

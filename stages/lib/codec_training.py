@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,13 @@ from tqdm import tqdm
 
 from stages.lib.coding import FeatureCodec, encode_scale
 from stages.lib.features import Features
-from stages.lib.learned import CODING_BATCH, STRIDE, LearnedCodec
+from stages.lib.learned import STRIDE, LearnedCodec
 from stages.lib.models import DEVICE
 from stages.lib.params import SCALES
-from stages.lib.planes import Packing, Range, learn_packing, pack, unpack
+from stages.lib.planes import Packing, Range, learn_packing, pack, principal, unpack
 from stages.lib.progress import progress
 
+TRANSFORM_RATE = 0.1  # of the learning rate: it starts near its optimum, the entropy model at noise
 JPEG_QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90, 95)
 
 
@@ -34,6 +36,23 @@ def fit_packing(features: Features, kind: str) -> Packing:
             count, first, second = moments.get(scale, (0, 0.0, 0.0))
             moments[scale] = (count + x.shape[1], first + x.sum(1), second + x @ x.T)
     return learn_packing(kind, moments)
+
+
+def block_basis(features: Features, packing: Packing) -> Tensor:
+    """One pass over the split -> the principal components of 16 x 16 blocks of grey planes, [256, 16, 16].
+
+    Each scale counts by the side of its maps: in between its share of the pixels, which would leave all to scale 0,
+    and equal shares, with which small maps, whose blocks hold several tiles, spoil it for large ones.
+    """
+    covariance = torch.zeros(256, 256, dtype=torch.float64)
+    for image_id in progress(features.image_ids, "block statistics", len(features.image_ids)):
+        for scale in SCALES:
+            maps = features.scale(image_id, scale)
+            plane, _ = pack(maps, scale, packing)
+            centred = functional.pad(plane - 0.5, (0, -plane.shape[2] % 16, 0, -plane.shape[1] % 16))
+            blocks = functional.unfold(centred[None], 16, stride=16)[0].double()  # [256, blocks]
+            covariance += max(maps.shape[1:]) / blocks.shape[1] * blocks @ blocks.T
+    return principal(covariance).view(256, 16, 16)
 
 
 def random_crops(
@@ -60,46 +79,80 @@ def random_crops(
         yield torch.stack(planes), torch.stack(masks)
 
 
-def train(
-    codec: LearnedCodec, features: Features, packing: Packing, steps: int, batch: int, crop: int, lr: float, seed: int
-) -> list[dict]:
+class Schedule(NamedTuple):
+    """`entropy_steps` of the entropy model alone, then `steps` of everything; `batch` and `crop` as in random_crops."""
+
+    entropy_steps: int
+    steps: int
+    batch: int
+    crop: int
+    lr: float
+
+
+def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: Schedule, seed: int) -> list[dict]:
     """Minimise  bits + lambda * 255^2 * squared error  in place, lambda log-uniform in the codec's range per sample.
 
-    A step sees the crops of `random_crops`. Returns the loss, bits and squared error per plane pixel, averaged over
-    every 100 steps.
+    First the entropy model learns alone, several times as fast: as long as the transform is orthonormal, as it starts,
+    the error of a plane is that of its latents. Then everything learns, the transform at a tenth of the rate. Returns
+    loss, bits and squared error per plane pixel, averaged over every 100 steps.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     codec.train().to(DEVICE).to(memory_format=torch.channels_last)  # a tenth faster on a CPU
+    transform = [p for part in (codec.net.g_a, codec.net.g_s) for p in part.parameters()]
     quantiles = [p for name, p in codec.named_parameters() if name.endswith(".quantiles")]
-    weights = [p for name, p in codec.named_parameters() if not name.endswith(".quantiles")]
-    optimizer, aux_optimizer = torch.optim.Adam(weights, lr), torch.optim.Adam(quantiles, 1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    log, window = [], []
-    for step in tqdm(range(1, steps + 1), desc="train codec", disable=None):
-        optimizer.zero_grad(set_to_none=True)
-        total = np.zeros(4)
-        for x, mask in random_crops(features, packing, batch, crop, rng):
-            x, mask = x.to(DEVICE), mask.to(DEVICE)
-            low, high = codec.log_lambdas[0].item(), codec.log_lambdas[-1].item()
-            lmbda = torch.from_numpy(np.exp(rng.uniform(low, high, len(x)))).float().to(DEVICE)
-            x_hat, bits = codec(x, lmbda)
-            error = ((x_hat - x).square() * mask).flatten(1).sum(1)
-            loss = (bits + lmbda * 255**2 * error).sum()
-            (loss / (3 * batch * crop**2)).backward()
-            total += [loss.item(), bits.sum().item(), error.sum().item(), mask.sum().item()]
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        aux_optimizer.zero_grad(set_to_none=True)
-        codec.net.aux_loss().backward()
-        aux_optimizer.step()
-        window.append(total)
-        if step % 100 == 0 or step == steps:
-            loss, bits, error, pixels = np.sum(window, 0)
-            log.append({"step": step, "loss": loss / pixels, "bpp_plane": bits / pixels, "mse": error / pixels})
-            print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
-            window = []
+    apart = {id(p) for p in transform + quantiles}
+    others = [p for p in codec.parameters() if id(p) not in apart]
+
+    def latent_error(x: Tensor, mask: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            y = codec.net.g_a(x - codec.centre).float()
+        y_hat, bits = codec.quantised(y, lmbda)
+        return (y_hat - y).square().flatten(1).sum(1), bits
+
+    def plane_error(x: Tensor, mask: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor]:
+        x_hat, bits = codec(x, lmbda)
+        return ((x_hat.float() - x).square() * mask).flatten(1).sum(1), bits
+
+    log = []
+    for errors_and_bits, steps, groups in (
+        (latent_error, schedule.entropy_steps, [{"params": others, "lr": schedule.lr}]),
+        (
+            plane_error,
+            schedule.steps,
+            [{"params": others, "lr": schedule.lr}, {"params": transform, "lr": schedule.lr * TRANSFORM_RATE}],
+        ),
+    ):
+        if steps == 0:
+            continue
+        optimizer, aux_optimizer = torch.optim.Adam(groups), torch.optim.Adam(quantiles, 1e-2)
+        peaks = [group["lr"] for group in groups]
+        rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.05)
+        window = []
+        for step in tqdm(range(1, steps + 1), desc="train codec", disable=None):
+            optimizer.zero_grad(set_to_none=True)
+            total = np.zeros(4)
+            for x, mask in random_crops(features, packing, schedule.batch, schedule.crop, rng):
+                x, mask = x.to(DEVICE), mask.to(DEVICE)
+                low, high = codec.log_lambdas[0].item(), codec.log_lambdas[-1].item()
+                lmbda = torch.from_numpy(np.exp(rng.uniform(low, high, len(x)))).float().to(DEVICE)
+                with torch.autocast(DEVICE.type, torch.bfloat16):
+                    error, bits = errors_and_bits(x, mask, lmbda)
+                loss = (bits + lmbda * 255**2 * error).sum()
+                (loss / (3 * schedule.batch * schedule.crop**2)).backward()
+                total += [loss.item(), bits.sum().item(), error.sum().item(), mask.sum().item()]
+            nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+            optimizer.step()
+            rates.step()
+            aux_optimizer.zero_grad(set_to_none=True)
+            codec.net.aux_loss().backward()
+            aux_optimizer.step()
+            window.append(total)
+            if step % 100 == 0 or step == steps:
+                loss, bits, error, pixels = np.sum(window, 0)
+                log.append({"step": step, "loss": loss / pixels, "bpp_plane": bits / pixels, "mse": error / pixels})
+                print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
+                window = []
     codec.eval()
     return log
 
@@ -115,7 +168,7 @@ def rate_distortion(
     """
     rows = []
     wanted = set(image_ids)
-    batches = [[i for i in batch if i in wanted] for batch in features.batches(CODING_BATCH)]
+    batches = [[i for i in batch if i in wanted] for batch in features.batches()]
     for scale in SCALES:
         stacks = [torch.stack([features.scale(i, scale) for i in batch]) for batch in batches if batch]
         maps = [m for stack in stacks for m in stack]

@@ -20,8 +20,8 @@ from stages.lib.elic import Elic
 from stages.lib.features import Features, SplitFile, batches_by_size, sizes_from
 from stages.lib.files import atomic, write_csv
 from stages.lib.hevc import Hevc
-from stages.lib.learned import CODING_BATCH, LearnedCodec
-from stages.lib.models import DEVICE, load_weights, read_checkpoint
+from stages.lib.learned import Family, LearnedCodec
+from stages.lib.models import DEVICE, load_weights, published_state, read_checkpoint
 from stages.lib.params import SCALES, InputError
 from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
 from stages.lib.progress import progress
@@ -29,12 +29,13 @@ from stages.lib.shards import map_shards
 from stages.lib.tcm import LicTcm
 
 RANGE_BYTES = 4  # of a record
+Codec = LearnedCodec | Family | Hevc
 
 
 class FeatureCodec(NamedTuple):
     """An image codec and the packing that its weights were made for. `channels` of the pyramids it takes."""
 
-    codec: LearnedCodec | Hevc
+    codec: Codec
     packing: Packing
     channels: int
 
@@ -69,10 +70,15 @@ def save_codec(path: Path, feature_codec: FeatureCodec, config: dict) -> None:
         )
 
 
-def _learned(network: type[Elic | LicTcm]) -> Callable[[dict], LearnedCodec]:
-    def build(config: dict) -> LearnedCodec:
-        net = network(1 if config["packing"] == "pca" else 3, **config["network"])
-        return LearnedCodec(net, config["network"]["M"], config["lambda_range"], config["gains"])
+def _learned(network: type[Elic | LicTcm]) -> Callable[[dict], LearnedCodec | Family]:
+    def build(config: dict) -> LearnedCodec | Family:
+        def net() -> Elic | LicTcm:
+            return network(1 if config["packing"] == "pca" else 3, **config["network"])
+
+        M = config["network"]["M"]
+        if "lambdas" in config:
+            return Family([net() for _ in config["lambdas"]], M, config["lambdas"])
+        return LearnedCodec(net(), M, config["lambda_range"], config["gains"])
 
     return build
 
@@ -80,7 +86,7 @@ def _learned(network: type[Elic | LicTcm]) -> Callable[[dict], LearnedCodec]:
 CODECS = {"elic": _learned(Elic), "tcm": _learned(LicTcm), "hevc": lambda config: Hevc()}  # params.yaml: codecs
 
 
-def build_codec(config: dict) -> LearnedCodec | Hevc:
+def build_codec(config: dict) -> Codec:
     """The codec that `codecs.<name>` of params.yaml describes, untrained. config["codec"] is its name."""
     return CODECS[config["codec"]](config)
 
@@ -94,10 +100,23 @@ def load_codec(path: Path) -> FeatureCodec:
     return FeatureCodec(codec, Packing(**checkpoint["packing"]), checkpoint["channels"])
 
 
-def load_codec_weights(codec: LearnedCodec | Hevc, state: dict[str, Tensor], source: str) -> None:
+def load_codec_weights(codec: Codec, state: dict[str, Tensor], source: str) -> None:
     """The weights of `save_codec`, strictly; raises InputError that names a layer that does not fit."""
     tables = {name: value for name, value in codec.state_dict().items() if _is_table(name)}
     load_weights(codec, state | tables, source)
+
+
+def load_published(family: Family, files: list[str]) -> None:
+    """Weights as others publish them, one file for each network of the family, into it.
+
+    A file holds a state dict, or one under "state_dict", with the names of compressai's Elic2022Official or of the
+    authors' TCM. Raises InputError that names a layer that does not fit.
+    """
+    for member, file in zip(family.members, files, strict=True):
+        state = published_state(Path(file))
+        own = {name: value for name, value in member.net.state_dict().items() if _is_table(name)}
+        weights = {name: value for name, value in member.net.from_published(state).items() if not _is_table(name)}
+        load_weights(member.net, weights | own, file)
 
 
 def _is_table(name: str) -> bool:
@@ -169,7 +188,7 @@ def compress_split(
                 line.append(Line(scale, height * width, record))
         return image_ids, lines
 
-    batches, total = map_shards(code, features.batches(CODING_BATCH)), len(features.image_ids)
+    batches, total = map_shards(code, features.batches()), len(features.image_ids)
     return progress(batches, f"compress {features.split}", total, lambda batch: len(batch[0]))
 
 
@@ -228,7 +247,7 @@ class CodedSplit(SplitFile):
 
     def batches(self) -> Iterator[list[int]]:
         """Image ids in batches of one padded size, as `decode` takes them."""
-        return batches_by_size(self._sizes, CODING_BATCH)
+        return batches_by_size(self._sizes)
 
     def decode(self, image_ids: list[int], feature_codec: FeatureCodec) -> dict[str, Tensor]:
         """Decoded pyramids of images of one padded size: scale -> [N, C, H, W] on DEVICE."""

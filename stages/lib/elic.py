@@ -16,7 +16,7 @@ from compressai.models.sensetime import ResidualBottleneckBlock
 from compressai.models.utils import conv
 from torch import Tensor, nn
 
-from stages.lib.learned import Code
+from stages.lib.learned import Code, packet
 
 
 class Elic(Elic2022Official):
@@ -49,6 +49,11 @@ class Elic(Elic2022Official):
                     nn.ReLU(inplace=True),
                     conv(second, 2 * width, kernel, stride=1),
                 )
+
+    @staticmethod
+    def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """compressai's names are the names here, for context = {widths: [224, 128], kernel: 5} and three channels."""
+        return state
 
     @property
     def h_a(self) -> nn.Module:
@@ -89,15 +94,13 @@ class Elic(Elic2022Official):
         return torch.cat(y_hat, 1)
 
     @torch.no_grad()
-    def haar_start(self) -> Elic:
+    def transform_start(self, basis: Tensor) -> Elic:
         """Start as a transform codec instead of at noise, for grey planes.
 
-        The four stride-2 convolutions become a Haar wavelet packet, 1 -> 4 -> 16 -> 64 -> 256 bands with orthonormal
-        rows, the transposed ones its inverse (narrower networks get its low bands); residual and attention branches
-        begin near zero.
+        The stride-2 convolutions become the orthonormal `basis` [K, 16, 16] of blocks (`learned.packet`; narrower
+        networks get its first bands), the transposed ones its inverse; residual and attention branches begin near zero.
         """
-        branches = (*self.g_a.modules(), *self.g_s.modules())
-        for module in branches:
+        for module in (*self.g_a.modules(), *self.g_s.modules()):
             if isinstance(module, ResidualBottleneckBlock):
                 module.conv3.weight.mul_(0.01)
                 module.conv3.bias.zero_()
@@ -106,18 +109,12 @@ class Elic(Elic2022Official):
                 module.conv_b[-1].bias.fill_(-5.0)  # sigmoid: the gate is almost shut
         down = [m for m in self.g_a if isinstance(m, nn.Conv2d)]
         up = [m for m in self.g_s if isinstance(m, nn.ConvTranspose2d)]
-        signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]).view(4, 2, 2) / 2
-        bands = 1
-        for analysis, synthesis in zip(down, reversed(up), strict=True):
+        for analysis, synthesis, level in zip(down, reversed(up), packet(basis), strict=True):
+            level = level[: analysis.out_channels, : analysis.in_channels]
+            made, bands = level.shape[:2]
             for convolution in (analysis, synthesis):
                 convolution.weight.mul_(0.02)
                 convolution.bias.zero_()
-            made = min(4 * bands, analysis.out_channels)
-            for row in range(made):  # low bands come first
-                band, source = divmod(row, bands)
-                # Taps 2 and 3 of the 5 are the 2x2 block that an output covers.
-                for weight in (analysis.weight, synthesis.weight):
-                    weight[row].zero_()
-                    weight[row, source, 2:4, 2:4] = signs[band]
-            bands = made
+                convolution.weight[:made] = 0
+                convolution.weight[:made, :bands, 2:4, 2:4] = level  # of 5 taps, the 2x2 block that an output covers
         return self

@@ -19,6 +19,8 @@ from stages.lib.files import atomic
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, InputError
 
+BATCH = 8  # images of one size that pass the heads together
+
 
 def write_features(path: Path, items: Iterable[tuple[str, int, dict[str, Tensor], Sizes]], dtype: str) -> None:
     """Items (split, image id, scale -> [1, C, H, W], sizes) -> one file; memory does not grow with their number."""
@@ -73,9 +75,9 @@ class Features(SplitFile):
         """One feature map [C, H, W], float32."""
         return torch.from_numpy(self.group[f"{image_id}/{scale}"][:].astype(np.float32))
 
-    def batches(self, size: int) -> Iterator[list[int]]:
-        """Image ids in batches of up to `size` images of one padded size."""
-        return batches_by_size({i: self.sizes(i) for i in self.image_ids}, size)
+    def batches(self) -> Iterator[list[int]]:
+        """Image ids in batches of up to BATCH images of one padded size."""
+        return batches_by_size({i: self.sizes(i) for i in self.image_ids})
 
     def pyramids(self, image_ids: list[int]) -> dict[str, Tensor]:
         """Pyramids of images of one padded size: scale -> [N, C, H, W]."""
@@ -87,11 +89,11 @@ def sizes_from(numbers: list[int]) -> Sizes:
     return Sizes(tuple(numbers[:2]), tuple(numbers[2:4]), tuple(numbers[4:]))
 
 
-def batches_by_size(sizes: dict[int, Sizes], size: int) -> Iterator[list[int]]:
-    """Image ids in batches of up to `size` images of one padded size, in an order that depends on nothing else."""
+def batches_by_size(sizes: dict[int, Sizes]) -> Iterator[list[int]]:
+    """Image ids in batches of up to BATCH images of one padded size, in an order that depends on nothing else."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for image_id in sorted(sizes):
         by_size.setdefault(sizes[image_id].padded, []).append(image_id)
     for _, ids in sorted(by_size.items()):
-        for start in range(0, len(ids), size):
-            yield ids[start : start + size]
+        for start in range(0, len(ids), BATCH):
+            yield ids[start : start + BATCH]

@@ -1,6 +1,6 @@
-"""A learned image codec between gain units, on feature planes: plane + rate control -> one rANS string, and back.
+"""A learned image codec between gain units, on feature planes: plane + rate control -> one string, and back.
 
-    x - 0.5 -> g_a -> * gain -> y ---> round(y - mean) ---> rANS ---> y_hat -> * inverse gain -> g_s -> x_hat
+    x - 0.5 -> g_a -> * gain -> y ---> round(y - mean) ---> ANS ----> y_hat -> * inverse gain -> g_s -> x_hat
                                 |             ^   ^
                                h_a -> z -> h_s   walk: context of what is coded already
 
@@ -14,19 +14,17 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
-from compressai.ans import RansDecoder, RansEncoder
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from compressai.ops import quantize_ste
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stages.lib.ans import LIMIT, Decoder, Part, Tables, gaussians
 from stages.lib.params import InputError
 
 STRIDE = 64  # of z: planes are padded to multiples of it
-# The entropy networks always run on batches of this size, filled up with zeros: convolutions of another batch size may
-# round differently, and one flipped bit in a scale ruins the rest of a stream.
-CODING_BATCH = 8
 SCALE_TABLE = torch.exp(torch.linspace(math.log(0.11), math.log(64), 48))
 
 Code = Callable[[Tensor, Tensor, Tensor], Tensor]  # (part of y, scales, means) -> the quantised part
@@ -48,13 +46,11 @@ class Network(Protocol):
     def walk(self, side: Tensor, y: Tensor, code: Code) -> Tensor:
         """Visit y in coding order -> y_hat. A part's scales and means may depend on `side` and on what `code` gave."""
 
-    def update(self, scale_table: Tensor, force: bool) -> bool: ...
-
     def aux_loss(self) -> Tensor: ...
 
 
 class Coded(NamedTuple):
-    """One coded plane. `bytes_hyper` is the length of a string that holds the hyper-latent alone."""
+    """One coded plane. `bytes_hyper` of the string hold the hyper-latent."""
 
     string: bytes
     bytes_hyper: int
@@ -69,11 +65,12 @@ class LearnedCodec(nn.Module):
         net: the network, of M latent channels.
         lambda_range: lowest and highest trained lambda.
         gains: number of trained gain vectors, log-spaced in lambda over the range.
+        centre: what the networks see as 0. Planes lie around 0.5; networks made for pictures take them as they are.
     """
 
-    def __init__(self, net: Network, M: int, lambda_range: tuple[float, float], gains: int):
+    def __init__(self, net: Network, M: int, lambda_range: tuple[float, float], gains: int, centre: float = 0.5):
         super().__init__()
-        self.net = net
+        self.net, self.centre = net, centre
         low, high = map(math.log, lambda_range)
         self.register_buffer("log_lambdas", torch.linspace(low, high, gains))
         # An orthonormal transform meets lambda with noise D = 1 / (2 ln 2 lambda 255^2), so with a step sqrt(12 D).
@@ -99,132 +96,167 @@ class LearnedCodec(nn.Module):
         return torch.exp((1 - share) * table[below] + share * table[below + 1])[:, :, None, None]
 
     def forward(self, x: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor]:
-        """Planes [B, c, H, W], H and W multiples of 64, lambdas [B] -> reconstructions, estimated bits [B].
+        """Planes [B, c, H, W], H and W multiples of 64, lambdas [B] -> reconstructions, estimated bits [B]."""
+        y_hat, bits = self.quantised(self.net.g_a(x - self.centre), lmbda)
+        return self.net.g_s(y_hat) + self.centre, bits
 
-        In training the bits are those of y and z with uniform noise, the reconstruction that of the rounded ones.
+    def quantised(self, y: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, M, h, w] -> what the receiver has of them, estimated bits [B].
+
+        In training the bits are those of y and z with uniform noise, the result that of the rounded ones. Under
+        autocast the networks run in its type; likelihoods, differences of nearly equal numbers, stay in float32.
         """
         position = self.position(lmbda)
-        y = self.net.g_a(x - 0.5) * self._at(self.log_gain, position)
-        z = self.net.h_a(y)
-        bits = _bits(self.net.entropy_bottleneck(z)[1])
+        y = y.float() * self._at(self.log_gain, position)
+        z = self.net.h_a(y).float()
+        with torch.autocast(z.device.type, enabled=False):
+            bits = _bits(self.net.entropy_bottleneck(z)[1])
 
         def quantise(part: Tensor, scales: Tensor, means: Tensor) -> Tensor:
             nonlocal bits
+            scales, means = scales.float(), means.float()
             bits = bits + _bits(self.net.gaussian_conditional(part, scales, means)[1])
             return quantize_ste(part - means) + means
 
         side = self.net.h_s(quantize_ste(z - self._medians) + self._medians)
-        y_hat = self.net.walk(side, y, quantise)
-        return self.net.g_s(y_hat * self._at(self.log_inverse, position)) + 0.5, bits
+        return self.net.walk(side, y, quantise) * self._at(self.log_inverse, position), bits
 
     @property
     def _medians(self) -> Tensor:
         return self.net.entropy_bottleneck._get_medians()[None]  # [1, Z, 1, 1]
 
-    # ---- coding
+    # ---- coding: plane by plane, so that no plane's bits depend on the company it keeps
 
     def update(self) -> LearnedCodec:
         """Build the coder's tables: to be called before coding, and again after every change of the weights."""
-        self.net.update(SCALE_TABLE, force=True)
-        tables = (
-            self.net.gaussian_conditional,
-            self.net.entropy_bottleneck,
-        )
-        self._lengths = [n for t in tables for n in t.cdf_length.tolist()]
-        self._offsets = [n for t in tables for n in t.offset.tolist()]
-        rows = [row for t in tables for row in t.quantized_cdf.tolist()]
-        self._cdfs = [row[:n] for row, n in zip(rows, self._lengths, strict=True)]
+        numbers = torch.arange(-LIMIT, LIMIT + 1, device=self.log_lambdas.device)
+        with torch.no_grad():
+            likelihood = self.net.entropy_bottleneck._likelihood(self._medians[0, :, :, 0, None] + numbers)[0]
+        self._tables = Tables(np.concatenate([gaussians(SCALE_TABLE.numpy()), likelihood[:, 0].cpu().numpy()]))
         return self
 
-    @torch.inference_mode()
     def encode(self, planes: Tensor, level: int) -> list[Coded]:
         """Planes [B, c, H, W] in [0, 1], of any one size, rate control in 0..255 -> B coded planes."""
-        return [coded for batch in planes.split(CODING_BATCH) for coded in self._encode_batch(batch, level)]
+        return [self._encode(plane[None], level) for plane in planes]
+
+    def decode(self, strings: list[bytes], level: int, shape: tuple[int, int, int]) -> Tensor:
+        """B strings of planes of one shape (c, H, W) -> planes [B, c, H, W]; raises InputError at a damaged one."""
+        return torch.cat([self._decode(string, level, shape) for string in strings])
 
     @torch.inference_mode()
-    def decode(self, strings: list[bytes], level: int, shape: tuple[int, int, int]) -> Tensor:
-        """B strings of planes of one shape (c, H, W) -> planes [B, c, H, W]."""
-        batches = [strings[i : i + CODING_BATCH] for i in range(0, len(strings), CODING_BATCH)]
-        return torch.cat([self._decode_batch(batch, level, shape) for batch in batches])
+    def _encode(self, plane: Tensor, level: int) -> Coded:
+        height, width = plane.shape[2:]
+        x = functional.pad(plane - self.centre, (0, -width % STRIDE, 0, -height % STRIDE))
+        gain = self._at(self.log_gain, self._position_of(level))
+        y = self.net.g_a(x.contiguous(memory_format=torch.channels_last)) * gain
+        z = self.net.h_a(y)
+        numbers = (z - self._medians).round().clamp(-LIMIT, LIMIT)
+        bits = _bits(self.net.entropy_bottleneck(numbers + self._medians)[1])
+        parts = [Part(_flat(numbers, np.int32), self._hyper_tables(z.shape[2:]))]
 
-    def _encode_batch(self, planes: Tensor, level: int) -> list[Coded]:
-        n, c, height, width = planes.shape
-        x = planes.new_full((CODING_BATCH, c, height, width), 0.5)
-        x[:n] = planes
-        x = functional.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), value=0.5)
-        position = self._position_of(level)
-        y = self.net.g_a((x - 0.5).contiguous(memory_format=torch.channels_last)) * self._at(self.log_gain, position)
-        z_hat, z_likelihood = self.net.entropy_bottleneck(self.net.h_a(y))
-        symbols = [(z_hat - self._medians).round()]
-        indexes = [self._hyper_indexes(z_hat.shape)]
-        bits = _bits(z_likelihood)
-
-        def quantise(part: Tensor, scales: Tensor, means: Tensor) -> Tensor:
+        def send(part: Tensor, scales: Tensor, means: Tensor) -> Tensor:
             nonlocal bits
-            symbol = torch.round(part - means)
-            _, likelihood = self.net.gaussian_conditional(symbol, scales)
-            bits = bits + _bits(likelihood)
-            symbols.append(symbol)
-            indexes.append(self.net.gaussian_conditional.build_indexes(scales))
-            return symbol + means
+            numbers = (part - means).round().clamp(-LIMIT, LIMIT)
+            bits = bits + _bits(self.net.gaussian_conditional(numbers, scales)[1])
+            parts.append(Part(_flat(numbers, np.int32), _flat(_table_of(scales), np.uint16)))
+            return numbers + means
 
-        side = self.net.h_s(z_hat.contiguous(memory_format=torch.channels_last))  # as the decoder: layouts differ
-        y_hat = self.net.walk(side, y, quantise)
-        decoded = self._synthesis(y_hat, position)[:, :, :height, :width]
-        hyper_length = symbols[0][0].numel()
-        rows = torch.cat([s.flatten(1) for s in symbols], 1).int().tolist()
-        tables = torch.cat([k.flatten(1) for k in indexes], 1).int().tolist()
-        coded = []
-        for i in range(n):
-            alone = self._rans_encode(rows[i][:hyper_length], tables[i][:hyper_length])
-            coded.append(Coded(self._rans_encode(rows[i], tables[i]), len(alone), bits[i].item(), decoded[i]))
-        return coded
+        y_hat = self._walk(numbers, y, send)
+        string, bytes_hyper = self._tables.encode(parts)
+        return Coded(string, bytes_hyper, bits.item(), self._synthesis(y_hat, level)[0, :, :height, :width])
 
-    def _decode_batch(self, strings: list[bytes], level: int, shape: tuple[int, int, int]) -> Tensor:
+    @torch.inference_mode()
+    def _decode(self, string: bytes, level: int, shape: tuple[int, int, int]) -> Tensor:
         _, height, width = shape
-        rows, columns = -(-height // STRIDE), -(-width // STRIDE)
-        decoders = [RansDecoder() for _ in strings]
-        for decoder, string in zip(decoders, strings, strict=True):
-            # The decoder does not know where a string ends. Damaged, it may ask for 4 bytes a symbol and more.
-            decoder.set_stream(string + bytes(8 * (height + STRIDE) * (width + STRIDE)))
-
-        def read(indexes: Tensor) -> Tensor:
-            symbols = torch.zeros(indexes.shape)
-            for i, decoder in enumerate(decoders):
-                row = decoder.decode_stream(indexes[i].flatten().tolist(), self._cdfs, self._lengths, self._offsets)
-                symbols[i] = torch.tensor(row, dtype=torch.float32).view(indexes.shape[1:])
-            return symbols.to(indexes.device)
-
-        z_hat = read(self._hyper_indexes((CODING_BATCH, self._medians.shape[1], rows, columns))) + self._medians
-        side = self.net.h_s(z_hat.contiguous(memory_format=torch.channels_last))
-        blank = side.new_zeros(CODING_BATCH, self.log_gain.shape[1], *side.shape[2:])
+        size = -(-height // STRIDE), -(-width // STRIDE)
+        decoder, device = Decoder(self._tables, string), self.log_lambdas.device
+        numbers = torch.from_numpy(decoder.read(self._hyper_tables(size))).to(device, torch.float32)
 
         def receive(_: Tensor, scales: Tensor, means: Tensor) -> Tensor:
-            return read(self.net.gaussian_conditional.build_indexes(scales).int()) + means
+            read = decoder.read(_flat(_table_of(scales), np.uint16))
+            return torch.from_numpy(read).to(device, torch.float32).view(means.shape) + means
 
-        y_hat = self.net.walk(side, blank, receive)
-        planes = self._synthesis(y_hat, self._position_of(level))[: len(strings), :, :height, :width]
-        if not planes.isfinite().all():
-            raise InputError(
-                "a coded plane decodes to numbers beyond all measure; its string is damaged: code it again"
-            )
-        return planes
+        M, (rows, columns) = self.log_gain.shape[1], size
+        blank = torch.zeros(1, M, rows * STRIDE // 16, columns * STRIDE // 16, device=device)
+        y_hat = self._walk(numbers.view(1, -1, *size), blank, receive)
+        decoder.close()
+        return self._synthesis(y_hat, level)[:, :, :height, :width]
+
+    def _walk(self, numbers: Tensor, y: Tensor, code: Code) -> Tensor:
+        """The same steps on both sides, in the same memory layout: layouts choose routines, which round differently."""
+        side = self.net.h_s((numbers + self._medians).contiguous(memory_format=torch.channels_last))
+        return self.net.walk(side, y.contiguous(memory_format=torch.channels_last), code)
 
     def _position_of(self, level: int) -> Tensor:
-        position = level / 255 * (len(self.log_lambdas) - 1)
-        return self.log_lambdas.new_full((CODING_BATCH,), position)
+        return self.log_lambdas.new_tensor([level / 255 * (len(self.log_lambdas) - 1)])
 
-    def _synthesis(self, y_hat: Tensor, position: Tensor) -> Tensor:
-        return self.net.g_s(y_hat * self._at(self.log_inverse, position)) + 0.5
+    def _synthesis(self, y_hat: Tensor, level: int) -> Tensor:
+        return self.net.g_s(y_hat * self._at(self.log_inverse, self._position_of(level))) + self.centre
 
-    def _hyper_indexes(self, shape: tuple[int, ...]) -> Tensor:
-        """Tables of the hyper-latent [B, N, h, w]: one per channel, behind the Gaussians' tables."""
-        first = len(self.net.gaussian_conditional.scale_table)
-        rows = torch.arange(first, first + shape[1], device=self.log_lambdas.device, dtype=torch.int32)
-        return rows[None, :, None, None].expand(*shape)
+    def _hyper_tables(self, size: tuple[int, int]) -> np.ndarray:
+        """Tables of the hyper-latent's numbers [N h w]: one per channel, behind the Gaussians' tables."""
+        channels = np.arange(self._medians.shape[1], dtype=np.uint16)
+        return np.repeat(len(SCALE_TABLE) + channels, size[0] * size[1])
 
-    def _rans_encode(self, symbols: list[int], indexes: list[int]) -> bytes:
-        return RansEncoder().encode_with_indexes(symbols, indexes, self._cdfs, self._lengths, self._offsets)
+
+class Family(nn.Module):
+    """Networks for one lambda each, as they are mostly published: the interface of LearnedCodec, for integer phi.
+
+    Args:
+        nets: one network for each lambda, of M latent channels, made for pictures.
+        lambdas: rising.
+    """
+
+    def __init__(self, nets: list[Network], M: int, lambdas: list[float]):
+        super().__init__()
+        self.members = nn.ModuleList(LearnedCodec(net, M, (1.0, 2.0), 2, centre=0.0) for net in nets)
+        for member in self.members:
+            for table in (member.log_gain, member.log_inverse):
+                nn.init.zeros_(table)
+        self.lambdas = lambdas
+
+    def update(self) -> Family:
+        for member in self.members:
+            member.update()
+        return self
+
+    def level(self, lmbda: float) -> int:
+        """The network whose lambda is nearest."""
+        return min(range(len(self.lambdas)), key=lambda k: abs(math.log(self.lambdas[k] / lmbda)))
+
+    def encode(self, planes: Tensor, level: int) -> list[Coded]:
+        return self.members[level].encode(planes, 0)
+
+    def decode(self, strings: list[bytes], level: int, shape: tuple[int, int, int]) -> Tensor:
+        if level >= len(self.members):
+            raise InputError(f"rate control {level}: the codec has only {len(self.members)} networks; code it again")
+        return self.members[level].decode(strings, 0, shape)
+
+
+def _table_of(scales: Tensor) -> Tensor:
+    """The first table that is at least as wide, or the last."""
+    return torch.bucketize(scales, SCALE_TABLE[:-1].to(scales.device))
+
+
+def _flat(values: Tensor, dtype: type) -> np.ndarray:
+    return values.flatten().cpu().numpy().astype(dtype)
+
+
+def packet(basis: Tensor) -> list[Tensor]:
+    """Orthonormal transform of 16 x 16 blocks [K, 16, 16] -> the kernels of four stride-2 convolutions [out, in, 2, 2].
+
+    Three levels of a Haar wavelet packet, 1 -> 4 -> 16 -> 64 bands, and what leads from there to the basis. Their
+    transposes invert them. Analysis and synthesis networks that begin with these begin as a transform codec.
+    """
+    haar = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]).view(4, 2, 2) / 2
+    levels, bank = [], torch.ones(1, 1, 1)
+    for _ in range(3):
+        bands = len(bank)
+        level = torch.zeros(4, bands, bands, 2, 2)
+        level[:, range(bands), range(bands)] = haar[:, None]
+        levels.append(level.flatten(0, 1))
+        bank = torch.stack([torch.kron(signs, band) for signs in haar for band in bank])
+    return [*levels, torch.einsum("kuivj,bij->kbuv", basis.view(-1, 2, 8, 2, 8), bank)]
 
 
 def _bits(likelihood: Tensor) -> Tensor:

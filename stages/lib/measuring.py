@@ -17,7 +17,6 @@ from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coding import CodedSplit, FeatureCodec
 from stages.lib.features import Features
 from stages.lib.files import read_csv
-from stages.lib.learned import CODING_BATCH
 from stages.lib.models import DEVICE, detect, heads_for
 from stages.lib.params import SCALES, InputError
 from stages.lib.progress import progress
@@ -209,7 +208,7 @@ def bits_of(coded: Path, qualities: list[str], features: Features) -> dict[int, 
 
 
 def _over_batches(function: Callable[[list[int]], Any], features: Features, name: str) -> list[Any]:
-    batches, total = list(features.batches(CODING_BATCH)), len(features.image_ids)
+    batches, total = list(features.batches()), len(features.image_ids)
     found = zip(map_shards(function, batches), batches, strict=True)
     return [result for result, _ in progress(found, name, total, lambda part: len(part[1]))]
 

@@ -124,6 +124,18 @@ def read_checkpoint(path: Path, *needed: str) -> dict:
     return checkpoint
 
 
+def published_state(path: Path) -> dict[str, Tensor]:
+    """A file with a state dict, alone or under "state_dict", as other projects publish weights; no code is run."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        state = loaded.get("state_dict", loaded)
+        return {name.removeprefix("module."): value.float() for name, value in state.items()}
+    except FileNotFoundError:
+        raise InputError(f"{path}: weights are missing; give an existing file") from None
+    except Exception as error:  # torch.load raises many types for a file that is no checkpoint
+        raise InputError(f"{path}: holds no state dict of tensors ({type(error).__name__})") from error
+
+
 def load_model(path: Path, params: dict) -> nn.Module:
     """The detector of a file written by `train_model`, in eval mode on DEVICE."""
     checkpoint = read_checkpoint(path, "num_classes", "num_keypoints")

@@ -39,6 +39,20 @@ class Named(NamedTuple):
     schema: Any
 
 
+class Listed(NamedTuple):
+    """A list of at least one value of one schema."""
+
+    schema: Any
+
+
+class Either(NamedTuple):
+    """A mapping of one schema where it has `key`, else of another."""
+
+    key: str
+    having: Any
+    lacking: Any
+
+
 class Some(NamedTuple):
     """A mapping with at least one of these keys, each with a schema of its own."""
 
@@ -102,17 +116,31 @@ RANGE = Check(
 )
 
 PACKING = one_of(("pca", "tile"))
+
+
+def learned(network: dict[str, Any]) -> Either:
+    """One network for all rates, trained here; or a family of published ones, one for each lambda."""
+    trained = {
+        "packing": PACKING,
+        "network": network,
+        "lambda_range": RANGE,
+        "gains": whole(2),
+        "init": TEXT_OR_NULL,
+        "entropy_steps": whole(0),
+        "steps": whole(0),
+        "batch": whole(1),
+        "crop": whole(64, multiple_of=64),  # the codecs' total stride
+        "lr": POSITIVE,
+    }
+    published = {
+        "packing": one_of(("tile",)),  # they are made for pictures of three channels
+        "network": network,
+        "family": Listed({"lmbda": POSITIVE, "weights": TEXT}),
+    }
+    return Either("family", published, trained)
+
+
 NETWORK = {"N": whole(1), "M": whole(1)}
-LEARNED = {
-    "packing": PACKING,
-    "lambda_range": RANGE,
-    "gains": whole(2),
-    "init": TEXT_OR_NULL,
-    "steps": whole(0),
-    "batch": whole(1),
-    "crop": whole(64, multiple_of=64),  # the codecs' total stride
-    "lr": POSITIVE,
-}
 
 SCHEMA = {
     "root": TEXT,
@@ -142,10 +170,9 @@ SCHEMA = {
     ),
     "codecs": Some(
         {
-            "elic": LEARNED | {"network": NETWORK | {"groups": WHOLES, "context": {"widths": PAIR, "kernel": ODD}}},
-            "tcm": LEARNED
-            | {
-                "network": NETWORK
+            "elic": learned(NETWORK | {"groups": WHOLES, "context": {"widths": PAIR, "kernel": ODD}}),
+            "tcm": learned(
+                NETWORK
                 | {
                     "slices": whole(1),
                     "head_dims": TRIPLE,
@@ -154,7 +181,7 @@ SCHEMA = {
                     "hyper_channels": whole(1),
                     "context_widths": TRIPLE,
                 }
-            },
+            ),
             "hevc": {"packing": PACKING},
         }
     ),
@@ -209,6 +236,8 @@ def _check_networks(codecs: dict[str, Any]) -> None:
         for dim in network["head_dims"]:
             remedy = f"N = {network['N']} must be a multiple of each"
             _need(network["N"] % dim == 0, "codecs.tcm.network.head_dims", network["head_dims"], remedy)
+        starts = codecs["tcm"]["packing"] == "pca" and codecs["tcm"]["init"] is None
+        _need(not starts or network["N"] >= 32, "codecs.tcm.network.N", network["N"], "init: null needs at least 32")
         squeezed = network["context_widths"][0]
         _need(squeezed % 16 == 0, "codecs.tcm.network.context_widths", squeezed, "the first must be a multiple of 16")
 
@@ -235,6 +264,8 @@ def _check_lambdas(params: dict[str, Any]) -> None:
         for codec, numbers in params["codecs"].items():
             low, high = numbers.get("lambda_range", (0, math.inf))
             _need(low <= value <= high, f"lambdas.{name}", value, f"codecs.{codec}.lambda_range is [{low}, {high}]")
+            family = [member["lmbda"] for member in numbers.get("family", ())]
+            _need(not family or value in family, f"lambdas.{name}", value, f"codecs.{codec}.family has only {family}")
 
 
 def _check_cells(params: dict[str, Any]) -> None:
@@ -257,8 +288,15 @@ def _walk(value: Any, schema: Any, key: str) -> None:
     if isinstance(schema, Check):
         _need(schema.accepts(value), key, value, f"it must be {schema.wanted}")
         return
+    if isinstance(schema, Listed):
+        _need(isinstance(value, list) and value, key, value, "it must be a list with at least one entry")
+        for number, inner in enumerate(value):
+            _walk(inner, schema.schema, f"{key}[{number}]")
+        return
     _need(isinstance(value, dict) and value, key or "the file", value, "it must be a mapping with at least one key")
     prefix = f"{key}." if key else ""
+    if isinstance(schema, Either):
+        schema = schema.having if schema.key in value else schema.lacking
     if isinstance(schema, Named):
         for name, inner in value.items():
             _need(schema.name.accepts(name), f"{prefix}{name}", inner, f"its name must be {schema.name.wanted}")

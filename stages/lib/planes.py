@@ -44,11 +44,16 @@ def learn_packing(kind: str, moments: dict[str, tuple[int, Tensor, Tensor]]) -> 
         count, first, second = moments[scale]
         mean[scale] = (first / count).float()
         covariance = second / count - torch.outer(first, first) / count**2
-        vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1).T  # rising eigenvalues -> falling
-        # eigh leaves the sign open: make the largest entry of each row positive.
-        sign = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
-        basis[scale] = (vectors * sign).float().contiguous()
+        basis[scale] = principal(covariance)
     return Packing(kind, basis, mean)
+
+
+def principal(covariance: Tensor) -> Tensor:
+    """[n, n], float64 -> its eigenvectors as rows, by falling eigenvalue, float32."""
+    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1).T  # rising eigenvalues -> falling
+    # eigh leaves the sign open: make the largest entry of each row positive.
+    sign = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+    return (vectors * sign).float().contiguous()
 
 
 def grid(tiles: int) -> tuple[int, int]:

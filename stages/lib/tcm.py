@@ -25,17 +25,13 @@ from compressai.layers import (
     subpel_conv3x3,
 )
 from compressai.models import CompressionModel
-from compressai.ops import quantize_ste
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock
 from torchvision.ops import Permute
 
-from stages.lib.learned import Code
+from stages.lib.learned import Code, packet
 
-# Of the Haar start, above most of what planes hold. A larger one needs no learning rate: what each weight adds to it is
-# the same everywhere, so small steps of many weights make a large step of the mean (4 diverged, 0.25 to 0.5 learn).
-LIFT = 0.25
 SLICE_HEAD_DIM = 16  # of the attention in front of a slice's mean and scale, at every width
 
 
@@ -215,6 +211,18 @@ class LicTcm(CompressionModel):
         self.entropy_bottleneck = EntropyBottleneck(hyper_channels)
         self.gaussian_conditional = GaussianConditional(None)
 
+    @staticmethod
+    def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the authors' TCM (`state_dict` of their checkpoints) -> weights of LicTcm(3, N, 320)."""
+        weights = {}
+        for name, value in state.items():
+            for theirs, ours in PUBLISHED_NAMES.items():
+                name = re.sub(theirs, ours, name)
+            if name.endswith("relative_position_bias_table"):
+                value = value.flatten(1).T  # [heads, 2 w - 1, 2 w - 1] -> [(2 w - 1)^2, heads]
+            weights[name] = value
+        return weights
+
     def h_s(self, z_hat: Tensor) -> Tensor:
         """[B, hyper_channels, H / 64, W / 64] -> what the slices know from it [B, 2 M, H / 16, W / 16]: of means, of
         scales."""
@@ -236,75 +244,56 @@ class LicTcm(CompressionModel):
             y_hat.append(coded + 0.5 * torch.tanh(model.residual(torch.cat([known, coded], 1))))
         return torch.cat(y_hat, 1)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
-        """Planes [B, c, H, W], H and W multiples of 64 -> x_hat, and the likelihoods of y and z.
-
-        In training the likelihoods are of latents with uniform noise, and the reconstruction is of rounded ones, with
-        the gradient passed straight through the rounding.
-        """
-        y = self.g_a(x)
-        z = self.h_a(y)
-        _, z_likelihoods = self.entropy_bottleneck(z)
-        medians = self.entropy_bottleneck._get_medians()
-        y_likelihoods: list[Tensor] = []
-
-        def code(part: Tensor, scales: Tensor, means: Tensor) -> Tensor:
-            y_likelihoods.append(self.gaussian_conditional(part, scales, means)[1])
-            return quantize_ste(part - means) + means
-
-        y_hat = self.walk(self.h_s(quantize_ste(z - medians) + medians), y, code)
-        return {"x_hat": self.g_s(y_hat), "likelihoods": {"y": torch.cat(y_likelihoods, 1), "z": z_likelihoods}}
-
     @torch.no_grad()
-    def haar_start(self) -> LicTcm:
-        """Start as a transform codec instead of at noise, for grey planes.
+    def transform_start(self, basis: Tensor) -> LicTcm:
+        """Start as a transform codec instead of at noise, for grey planes and N >= 32.
 
-        As in Elic.haar_start: the four downsamplings become a Haar wavelet packet, low bands first, the upsamplings its
-        inverse. Down, it goes through the convolutions of the residual block, lifted over the bend of the leaky ReLU
-        and past the normalisation; up, through the linear skip. All other branches begin near zero.
+        As Elic.transform_start. Up, the transform goes through the linear skips. Down, these see one pixel in four: the
+        first two levels go through the convolutions of their blocks as b and -b, because of what a leaky ReLU of slope
+        r leaves of both, l(b) - l(-b) = (1 + r) b. The second block lays out the four pixels that the third needs as
+        channels, and its skip takes them. All other branches begin near zero.
         """
-        for block in self.modules():
-            if isinstance(block, TcmBlock):
-                block.merge.weight.mul_(0.02)
-                block.merge.bias.zero_()
-        signs = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]).view(4, 2, 2) / 2
-        down = [m for m in self.g_a if not isinstance(m, TcmBlock)]
+        first, second, third, last = [m for m in self.g_a if not isinstance(m, TcmBlock)]
+        if third.skip.in_channels < 64:
+            raise ValueError(
+                f"N = {third.skip.in_channels // 2} is too narrow to start as a transform; choose 32 or more"
+            )
         up = [m for m in self.g_s if not isinstance(m, TcmBlock)]
-        bands = 1
-        for analysis, synthesis in zip(down, reversed(up), strict=True):
-            residual = isinstance(analysis, ResidualBlockWithStride)
-            first = analysis.conv1 if residual else analysis
-            last = synthesis.upsample[0] if isinstance(synthesis, ResidualBlockUpsample) else synthesis[0]
-            for convolution in (first, last):
-                convolution.weight.mul_(0.02)
-                convolution.bias.zero_()
-            made = min(4 * bands, first.out_channels)
-            for row in range(made):
-                band, source = divmod(row, bands)
-                first.weight[row].zero_()
-                first.weight[row, source, 1:, 1:] = signs[band]  # taps 1 and 2 of the 3 cover the output's 2x2 block
-                pixels = slice(4 * source, 4 * source + 4)  # of the pixel shuffle
-                last.weight[pixels, row].zero_()
-                last.weight[pixels, row, 1, 1] = signs[band].flatten()
-            if residual:
-                first.bias[:made] = LIFT
-                analysis.conv2.weight.mul_(0.02)
-                analysis.conv2.weight[:made] = 0
-                analysis.conv2.weight[range(made), range(made), 1, 1] = 1
-                analysis.conv2.bias.zero_()[:made] = -LIFT
-                analysis.gdn.gamma.copy_(analysis.gdn.gamma_reparam.init(torch.zeros_like(analysis.gdn.gamma)))
-                analysis.skip.weight.mul_(0.02)
-                analysis.skip.bias.zero_()
-            if isinstance(synthesis, ResidualBlockUpsample):
-                synthesis.conv.weight.mul_(0.02)
-                synthesis.conv.bias.zero_()
-            bands = made
+        ups = [m.upsample[0] if isinstance(m, ResidualBlockUpsample) else m[0] for m in up]
+        beside = [m.merge for m in self.modules() if isinstance(m, TcmBlock)]
+        beside += [m.conv for m in up if isinstance(m, ResidualBlockUpsample)]
+        for block in (first, second, third):
+            beside += [block.conv1, block.conv2, block.skip]
+            block.gdn.gamma.copy_(block.gdn.gamma_reparam.init(torch.zeros_like(block.gdn.gamma)))
+        for convolution in (*beside, last, *ups):
+            convolution.weight.mul_(0.002)
+            convolution.bias.zero_()
+        levels = packet(basis)
+        for block, level, pixels in zip((first, second), levels, (1, 4), strict=False):
+            made, bands = level.shape[:2]
+            block.conv1.weight[: 2 * made] = 0
+            block.conv1.weight[: 2 * made, :bands, 1:, 1:] = torch.cat([level, -level])  # of 3 taps, an output's block
+            block.conv2.weight[: pixels * made] = 0
+            gain = 1 / (1 + block.leaky_relu.negative_slope)
+            for row in range(pixels * made):
+                pixel, band = divmod(row, made)
+                taps = block.conv2.weight[row, :, 1 + pixel // 2, 1 + pixel % 2]
+                taps[band], taps[made + band] = gain, -gain
+        third.skip.weight[:64] = 0
+        third.skip.weight[:64, :64, 0, 0] = levels[2].permute(0, 2, 3, 1).flatten(1)  # [64, 4 pixels of 16 bands]
+        made = min(len(basis), last.out_channels)
+        last.weight[:made] = 0
+        last.weight[:made, :64, 1:, 1:] = levels[3][:made]
+        for convolution, level in zip(reversed(ups), levels, strict=True):
+            level = level[: convolution.in_channels]
+            made, bands = level.shape[:2]
+            convolution.weight[: 4 * bands, :made] = 0
+            convolution.weight[: 4 * bands, :made, 1, 1] = level.permute(1, 2, 3, 0).flatten(0, 2)  # as it is shuffled
         return self
 
 
 # Names in github.com/jmliu206/LIC_TCM -> names here. Swin blocks are numbered from 1: a Permute stands before them.
-PUBLIC_NAMES = {
-    r"^module\.": "",
+PUBLISHED_NAMES = {
     r"\.conv1_1\.": ".split.",
     r"\.conv1_2\.": ".merge.",
     r"\.conv_block\.": ".convolutions.",
@@ -321,15 +310,3 @@ PUBLIC_NAMES = {
     r"^cc_(mean|scale)_transforms\.(\d+)\.": r"slices.\2.\1.",
     r"^lrp_transforms\.(\d+)\.": r"slices.\1.residual.",
 }
-
-
-def from_public(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the authors' TCM (`state_dict` of their checkpoints) -> weights of LicTcm(3, N, 320)."""
-    weights = {}
-    for name, value in state.items():
-        for theirs, ours in PUBLIC_NAMES.items():
-            name = re.sub(theirs, ours, name)
-        if name.endswith("relative_position_bias_table"):
-            value = value.flatten(1).T  # [heads, 2 w - 1, 2 w - 1] -> [(2 w - 1)^2, heads]
-        weights[name] = value
-    return weights
