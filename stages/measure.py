@@ -7,22 +7,31 @@ import pandas as pd
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.coding import load_codec
 from stages.lib.features import Features
-from stages.lib.files import write_csv
+from stages.lib.files import read_csv, write_csv
 from stages.lib.measuring import single_scale_losses, truths
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params
 
 
 def main(
-    splits: Path, weights: Path, features: Path, codec: Path, coded: Path, ledger: Path, model: str, out: Path
+    splits: Path,
+    weights: Path,
+    features: Path,
+    uncoded: Path,
+    codec: Path,
+    coded: Path,
+    ledger: Path,
+    model: str,
+    out: Path,
 ) -> None:
     described = load_params()["models"][model]
-    detector, feature_codec = load_model(weights, described), load_codec(codec)
+    detector, feature_codec, clean = load_model(weights, described), load_codec(codec), read_csv(uncoded)
     frames = []
     for split in ("fit", "test"):
         part = load_split(splits, split)
         truth = truths({task: ground_truth(part, task) for task in described["tasks"]})
-        frames.append(single_scale_losses(detector, Features(features, split), coded, feature_codec, ledger, truth))
+        images = Features(features, split)
+        frames.append(single_scale_losses(detector, images, coded, feature_codec, ledger, truth, clean))
     write_csv(out, pd.concat(frames, ignore_index=True))
 
 

@@ -22,7 +22,15 @@ from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes, write_co
 from stages.lib.features import Features, write_features
 from stages.lib.files import read_csv, write_csv
 from stages.lib.learned import Coded
-from stages.lib.measuring import bits_of, choices_of, evaluate, single_scale_losses, tabulate, truths
+from stages.lib.measuring import (
+    bits_of,
+    choices_of,
+    evaluate,
+    single_scale_losses,
+    tabulate,
+    truths,
+    uncoded_accuracies,
+)
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, TASKS, InputError
 from stages.lib.planes import Packing
@@ -102,11 +110,10 @@ class Seer:
 
     def __init__(self, root: Path, features: Features):
         self.coco, self.features = ground_truth(root), features
-        self.roi_heads = SimpleNamespace()
         self.passes = 0
 
-    def detect(self, detector, pyramid, sizes) -> list[dict[str, torch.Tensor]]:
-        assert detector is self
+    def detect(self, detector, pyramid, sizes, tasks, person_ids) -> list[dict[str, torch.Tensor]]:
+        assert detector is self and "keypoints" not in tasks or person_ids == {PERSON}
         self.passes += len(sizes)
         return [self._detect({s: p[k] for s, p in pyramid.items()}, size) for k, size in enumerate(sizes)]
 
@@ -187,14 +194,17 @@ def test_features_decoded_without_error_lose_nothing(seer, features, tmp_path, m
     monkeypatch.setattr(measuring, "CodedSplit", lambda path, split: without_error)
     ledger = fake_ledger(tmp_path / "q.csv", {(i, s): 0.0 for i in features.image_ids for s in SCALES})
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
-    losses = single_scale_losses(seer, features, tmp_path / "q.h5", None, ledger, truth)
+    uncoded = uncoded_accuracies(seer, features, truth)
+    losses = single_scale_losses(seer, features, tmp_path / "q.h5", None, ledger, truth, uncoded)
     assert (losses["drop"] == 0).all() and (losses["clean"] == losses["coded"]).all()
     assert losses["clean"].between(0.05, 0.999).any()  # a detector that is neither blind nor perfect
 
 
 def test_each_drop_is_that_of_pycocotools_on_the_image_alone(seer, features, feature_codec, coded):
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
-    losses = single_scale_losses(seer, features, coded / "q1.h5", feature_codec, coded / "q1.csv", truth)
+    own = uncoded_accuracies(seer, features, truth)
+    assert own.columns.tolist() == ["task", "split", "image_id", "clean"]
+    losses = single_scale_losses(seer, features, coded / "q1.h5", feature_codec, coded / "q1.csv", truth, own)
     assert losses.columns.tolist() == ["task", "split", "image_id", "scale", "clean", "coded", "drop"]
     assert losses["scale"].map(type).eq(str).all()
     clean, decoded = clean_pyramids(features), decoded_pyramids(coded / "q1.h5", feature_codec)
@@ -226,7 +236,8 @@ def copy_of(coded: Path, folder: Path, quality: str = "q1") -> tuple[Path, Path]
 
 def measure(seer, features, feature_codec, path, ledger):
     truth = truths({"detection": seer.coco["detection"]})
-    return single_scale_losses(seer, features, path, feature_codec, ledger, truth)
+    uncoded = uncoded_accuracies(seer, features, truth)
+    return single_scale_losses(seer, features, path, feature_codec, ledger, truth, uncoded)
 
 
 def test_a_changed_coded_file_is_refused(seer, features, feature_codec, coded, tmp_path):
@@ -308,7 +319,8 @@ def allocation(image_ids) -> pd.DataFrame:
 
 def points_of(seer, features, feature_codec, coded, allocation, task, resamples=20):
     truth = truths({task: seer.coco[task]})
-    choices, matches = evaluate(seer, features, coded, list(QUALITIES), feature_codec, allocation, truth, task)
+    evaluated = evaluate(seer, features, coded, list(QUALITIES), feature_codec, {task: allocation}, truth)
+    choices, matches = evaluated[task]
     bits = bits_of(coded, list(QUALITIES), features)
     names = {"task": task, "codec": "elic"}
     return tabulate(choices, matches, bits, features, names, resamples, 0)
@@ -348,6 +360,21 @@ def test_points_are_those_of_pycocotools_and_of_the_files(seer, features, featur
         assert line["accuracy"] == approx(reference_ap(coco, found_in(seer, pyramids, task), ids, task), abs=1e-12)
     accuracy = points.set_index(["method", "point"])["accuracy"]
     assert accuracy["none", 0] > accuracy["uniform", 2] > accuracy["uniform", 0] > 0
+
+
+def test_tasks_evaluated_together_have_the_points_that_each_has_alone(seer, features, feature_codec, coded, allocation):
+    tasks = ("detection", "keypoints")
+    fewer = {"detection": allocation, "keypoints": allocation[allocation["method"] != "mixed"]}
+    truth = truths({task: seer.coco[task] for task in tasks})
+    together = evaluate(seer, features, coded, list(QUALITIES), feature_codec, fewer, truth)
+    for task in tasks:
+        alone = evaluate(
+            seer, features, coded, list(QUALITIES), feature_codec, {task: fewer[task]}, truths({task: seer.coco[task]})
+        )
+        assert together[task][0].points == alone[task][0].points
+        for point, matches in alone[task][1].items():
+            for mine, other in zip(together[task][1][point], matches, strict=True):
+                assert np.array_equal(mine, other)
 
 
 def test_resamples_of_equal_choices_are_equal(seer, features, feature_codec, coded, allocation):

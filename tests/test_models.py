@@ -14,7 +14,6 @@ from stages.lib.models import (
     Sizes,
     build,
     detect,
-    heads_for,
     load_model,
     load_weights,
     pyramid_of,
@@ -57,12 +56,37 @@ def test_stored_features_give_exactly_the_detections_of_the_whole_model(model, t
     pyramid, sizes = pyramid_of(model, picture)
     write_features(tmp_path / "f.h5", [("test", 1, pyramid, sizes)], "float32")
     stored = Features(tmp_path / "f.h5", "test")
-    with heads_for(model, tasks), torch.inference_mode():
+    with torch.inference_mode():
         (whole,) = model([picture])
-        (cut,) = detect(model, stored.pyramids([1]), [stored.sizes(1)])
+    (cut,) = detect(model, stored.pyramids([1]), [stored.sizes(1)], tasks)
     assert len(whole["boxes"]) > 0
     assert ("masks" in cut, "keypoints" in cut) == ("segmentation" in tasks, "keypoints" in tasks)
-    assert_same(whole, cut)
+    assert_same({key: whole[key] for key in cut}, cut)
+
+
+def test_keypoints_are_looked_for_in_the_boxes_of_persons_only(model):
+    pyramid, sizes = pyramid_of(model, image(64, 64))
+    (all_boxes,) = detect(model, pyramid, [sizes], {"keypoints"})
+    labels = all_boxes["labels"]
+    person, *others = labels.unique().tolist()
+    assert others
+    (persons,) = detect(model, pyramid, [sizes], {"keypoints"}, {person})
+    chosen = labels == person
+    assert torch.equal(persons["labels"], labels)
+    assert torch.allclose(persons["keypoints"][chosen], all_boxes["keypoints"][chosen], atol=1e-3)
+    assert (persons["keypoints"][~chosen] == 0).all() and (all_boxes["keypoints"][~chosen] != 0).any()
+    (nobody,) = detect(model, pyramid, [sizes], {"keypoints"}, {CLASSES + 1})
+    assert (nobody["keypoints"] == 0).all() and nobody["keypoints"].shape == all_boxes["keypoints"].shape
+
+
+def test_a_detector_without_the_other_heads_detects():
+    torch.manual_seed(0)
+    model = build(PARAMS, CLASSES, KEYPOINTS).eval()
+    heads = model.roi_heads
+    heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
+    heads.keypoint_roi_pool = heads.keypoint_head = heads.keypoint_predictor = None
+    (found,) = detect(model, *detect_input(model, image(64, 64)), {"detection"})
+    assert set(found) == {"boxes", "labels", "scores"}
 
 
 def test_sizes_are_those_of_the_transform(model):
@@ -73,9 +97,11 @@ def test_sizes_are_those_of_the_transform(model):
 def test_pyramids_in_one_batch_give_the_detections_that_each_gives_alone(model):
     pyramid, sizes = pyramid_of(model, image(64, 64))
     variants = [pyramid] + [pyramid | {scale: pyramid[scale] * 0.5} for scale in SCALES]
-    together = detect(model, {s: torch.cat([v[s] for v in variants]) for s in SCALES}, [sizes] * len(variants))
+    together = detect(
+        model, {s: torch.cat([v[s] for v in variants]) for s in SCALES}, [sizes] * len(variants), set(TASKS)
+    )
     for variant, found in zip(variants, together, strict=True):
-        (alone,) = detect(model, variant, [sizes])
+        (alone,) = detect(model, variant, [sizes], set(TASKS))
         assert found["labels"].tolist() == alone["labels"].tolist()
         for key in ("boxes", "scores", "masks"):
             assert torch.allclose(found[key], alone[key], atol=1e-3)
@@ -87,6 +113,7 @@ def test_images_of_other_original_sizes_share_a_pass(model):
         model,
         {scale: torch.cat([value, value]) for scale, value in pyramid.items()},
         [sizes, sizes._replace(original=(128, 128))],
+        {"segmentation"},
     )
     assert torch.allclose(2 * small["boxes"], large["boxes"], atol=1e-3)
     assert large["masks"].shape[-2:] == (128, 128)
@@ -105,25 +132,6 @@ def test_an_images_features_do_not_depend_on_other_images(model):
     assert_same(first, again)
 
 
-def test_heads_come_back_also_after_an_error(model):
-    before, order = dict(model.roi_heads.named_modules()), list(model.state_dict())
-    with pytest.raises(RuntimeError), heads_for(model, {"detection"}):
-        assert not model.roi_heads.has_mask() and not model.roi_heads.has_keypoint()
-        raise RuntimeError
-    assert dict(model.roi_heads.named_modules()) == before
-    assert list(model.state_dict()) == order
-    assert model.roi_heads.has_mask() and model.roi_heads.has_keypoint()
-
-
-def test_a_detector_without_masks_has_no_heads_to_hide():
-    torch.manual_seed(0)
-    model = build(PARAMS, CLASSES, KEYPOINTS)
-    model.roi_heads.mask_roi_pool = model.roi_heads.mask_head = model.roi_heads.mask_predictor = None
-    with heads_for(model, {"detection"}):
-        pass
-    assert not model.roi_heads.has_mask() and model.roi_heads.has_keypoint()
-
-
 # ---- files
 
 
@@ -132,7 +140,7 @@ def test_a_saved_model_detects_alike(model, tmp_path):
     loaded = load_model(tmp_path / "m.pt", PARAMS)
     loaded.roi_heads.score_thresh, loaded.roi_heads.detections_per_img = 0.01, 8
     assert not loaded.training
-    before, after = (detect(m, *detect_input(m, image(64, 64)))[0] for m in (model, loaded))
+    before, after = (detect(m, *detect_input(m, image(64, 64)), set(TASKS))[0] for m in (model, loaded))
     assert_same(before, after)
 
 

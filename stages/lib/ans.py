@@ -16,6 +16,7 @@ from scipy.stats import norm
 
 from stages.lib.params import InputError
 
+BOTTOM = stream.model.Uniform(2)  # of the stack lies a 1, a bit that tells a string that ran out from one that ended
 LIMIT = 511  # the largest number that is coded; every one up to it has a probability of at least 2^-24
 
 
@@ -36,6 +37,7 @@ class Tables:
     def encode(self, parts: list[Part]) -> tuple[bytes, int]:
         """Parts, in the order they are to be read -> string, and how many of its bytes the first part takes."""
         coder, bits = stream.stack.AnsCoder(), 0
+        coder.encode_reverse(1, BOTTOM)
         for part in reversed(parts):  # a stack: what goes in last comes out first
             bits = coder.num_valid_bits()
             order, runs = _runs(part.tables)
@@ -64,8 +66,8 @@ class Decoder:
         return numbers - LIMIT
 
     def close(self) -> None:
-        """Raises InputError unless the parts that were read are all that the string holds: damage leaves a rest."""
-        if not self._coder.is_empty():
+        """Raises InputError unless the parts that were read are the whole string: damage ends it elsewhere."""
+        if self._coder.decode(BOTTOM) != 1 or not self._coder.is_empty():
             raise InputError("a coded plane does not end where its numbers do: it is damaged; code it again")
 
 

@@ -17,7 +17,7 @@ from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coding import CodedSplit, FeatureCodec
 from stages.lib.features import Features
 from stages.lib.files import read_csv
-from stages.lib.models import DEVICE, detect, heads_for
+from stages.lib.models import DEVICE, detect
 from stages.lib.params import SCALES, InputError
 from stages.lib.progress import progress
 from stages.lib.shards import map_shards
@@ -39,36 +39,56 @@ def truths(coco: dict[str, COCO]) -> Truths:
     return Truths(coco, {category_id for category_id, category in people if "keypoints" in category})
 
 
+def uncoded_accuracies(detector: nn.Module, features: Features, truth: Truths) -> pd.DataFrame:
+    """Each image's own COCO AP with uncoded features -> rows task, split, image_id, clean.
+
+    Images without ground truth of a task have no row.
+    """
+
+    def measure(image_ids: list[int]) -> list[tuple]:
+        pyramid = _on_device(features.pyramids(image_ids))
+        return [
+            (task, features.split, image_id, value)
+            for task, (values,) in _own_accuracies(detector, [pyramid], image_ids, features, truth).items()
+            for image_id, value in zip(image_ids, values, strict=True)
+            if not np.isnan(value)
+        ]
+
+    rows = [row for part in _over_batches(measure, features, f"measure uncoded {features.split}") for row in part]
+    frame = pd.DataFrame(rows, columns=["task", "split", "image_id", "clean"])
+    return frame.sort_values(["task", "image_id"], kind="stable", ignore_index=True)
+
+
 def single_scale_losses(
-    detector: nn.Module, features: Features, coded: Path, feature_codec: FeatureCodec, ledger: Path, truth: Truths
+    detector: nn.Module,
+    features: Features,
+    coded: Path,
+    feature_codec: FeatureCodec,
+    ledger: Path,
+    truth: Truths,
+    uncoded: pd.DataFrame,
 ) -> pd.DataFrame:
     """One scale coded, the others clean -> rows task, split, image_id, scale, clean, coded, drop.
 
-    clean, coded: the image's own COCO AP; images without ground truth of a task have no row. All variants of a batch
-    of images pass the heads together. Decoding is checked against the encoder: another reconstruction than the
-    ledger's raises InputError.
+    clean (of `uncoded`), coded: the image's own COCO AP; images without ground truth of a task have no row. All
+    variants of a batch of images pass the heads together. Decoding is checked against the encoder: another
+    reconstruction than the ledger's raises InputError.
     """
     expected, records = _lines(ledger, features, "mse_feature"), CodedSplit(coded, features.split)
+    own = uncoded[uncoded["split"] == features.split].set_index(["task", "image_id"])["clean"].to_dict()
 
     def measure(image_ids: list[int]) -> list[tuple]:
         clean = _on_device(features.pyramids(image_ids))
         decoded = records.decode(image_ids, feature_codec)
         _check_decoded(coded, image_ids, clean, decoded, expected)
-        variants = [clean] + [clean | {scale: decoded[scale]} for scale in SCALES]
-        sizes = [features.sizes(i) for i in image_ids]
-        with heads_for(detector, set(truth.coco)):
-            detections = detect(detector, _stack(variants), sizes * len(variants))
+        variants = [clean | {scale: decoded[scale]} for scale in SCALES]
         rows = []
-        for task, coco in truth.coco.items():
-            found = [
-                [r for i, d in zip(image_ids, part, strict=True) for r in results(i, d, task, truth.person_ids)]
-                for part in _chunks(detections, len(image_ids))
-            ]
-            accuracy = np.stack([per_image(m) for m in match_variants(coco, found, image_ids, task)])  # [6, n]
-            for (uncoded, *values), image_id in zip(accuracy.T, image_ids, strict=True):
-                if not np.isnan(uncoded):
+        for task, accuracies in _own_accuracies(detector, variants, image_ids, features, truth).items():
+            for image_id, values in zip(image_ids, accuracies.T, strict=True):
+                if (task, image_id) in own:
+                    before = own[task, image_id]
                     rows += [
-                        (task, features.split, image_id, scale, uncoded, value, uncoded - value)
+                        (task, features.split, image_id, scale, before, value, before - value)
                         for scale, value in zip(SCALES, values, strict=True)
                     ]
         return rows
@@ -76,6 +96,22 @@ def single_scale_losses(
     rows = [row for part in _over_batches(measure, features, f"measure {features.split}") for row in part]
     frame = pd.DataFrame(rows, columns=["task", "split", "image_id", "scale", "clean", "coded", "drop"])
     return frame.sort_values(["task", "image_id", "scale"], kind="stable", ignore_index=True)
+
+
+def _own_accuracies(
+    detector: nn.Module, variants: list[Pyramid], image_ids: list[int], features: Features, truth: Truths
+) -> dict[str, np.ndarray]:
+    """Variants of the pyramids of some images -> task -> each image's own AP [variants, images], NaN without truth."""
+    sizes, tasks = [features.sizes(i) for i in image_ids], set(truth.coco)
+    detections = detect(detector, _stack(variants), sizes * len(variants), tasks, truth.person_ids)
+    accuracies = {}
+    for task, coco in truth.coco.items():
+        found = [
+            [r for i, d in zip(image_ids, part, strict=True) for r in results(i, d, task, truth.person_ids)]
+            for part in _chunks(detections, len(image_ids))
+        ]
+        accuracies[task] = np.stack([per_image(m) for m in match_variants(coco, found, image_ids, task)])
+    return accuracies
 
 
 class Choices(NamedTuple):
@@ -117,45 +153,61 @@ def evaluate(
     coded: Path,
     qualities: list[str],
     feature_codec: FeatureCodec,
-    allocation: pd.DataFrame,
+    allocations: dict[str, pd.DataFrame],
     truth: Truths,
-    task: str,
-) -> tuple[Choices, dict[tuple[str, int], Matches]]:
-    """What the detections of every operating point are worth, from jointly decoded pyramids.
+) -> dict[str, tuple[Choices, dict[tuple[str, int], Matches]]]:
+    """Task -> what the detections of every operating point are worth, from jointly decoded pyramids.
 
     Each image is decoded once at every quality, and every scale taken at the quality that the method chose; equal
     choices of several methods pass the heads once. Point ("none", 0) is the uncoded pyramid.
     """
-    choices = choices_of(allocation)
+    choices = {task: choices_of(allocation) for task, allocation in allocations.items()}
     files = [coded / f"{quality}.h5" for quality in qualities]
     records = [CodedSplit(file, features.split) for file in files]
     expected = [_lines(file.with_suffix(".csv"), features, "mse_feature") for file in files]
-    uncoded = (len(qualities),) * len(SCALES)
 
-    def measure(image_ids: list[int]) -> list[Matches]:
+    def measure(image_ids: list[int]) -> dict[str, list[Matches]]:
         clean = _on_device(features.pyramids(image_ids))
         decoded = [part.decode(image_ids, feature_codec) for part in records]
         for file, pyramid, lines in zip(files, decoded, expected, strict=True):
             _check_decoded(file, image_ids, clean, pyramid, lines)
         decoded.append(clean)
-        chosen = {i: [uncoded, *map(tuple, choices.phi[i].tolist())] for i in image_ids}
-        wanted = [(i, phi) for i in image_ids for phi in sorted(set(chosen[i]))]
-        found = {}
-        for chunk in _chunks(wanted, PYRAMIDS_PER_PASS):
-            at = [(image_ids.index(i), phi) for i, phi in chunk]
-            pyramid = {
-                scale: torch.stack([decoded[phi[s]][scale][k] for k, phi in at]) for s, scale in enumerate(SCALES)
-            }
-            with heads_for(detector, {task}):
-                detections = detect(detector, pyramid, [features.sizes(i) for i, _ in chunk])
-            for key, detection in zip(chunk, detections, strict=True):
-                found[key] = results(key[0], detection, task, truth.person_ids)
-        variants = [[r for i in image_ids for r in found[i, chosen[i][p]]] for p in range(len(choices.points) + 1)]
-        return match_variants(truth.coco[task], variants, image_ids, task)
+        return {
+            task: _joint_matches(detector, decoded, image_ids, features, truth, task, chosen)
+            for task, chosen in choices.items()
+        }
 
-    parts = _over_batches(measure, features, f"evaluate {task}")
-    merged = [merge(list(point)) for point in zip(*parts, strict=True)]
-    return choices, dict(zip([("none", 0), *choices.points], merged, strict=True))
+    parts = _over_batches(measure, features, f"evaluate {' '.join(choices)}")
+    merged = {task: [merge(list(point)) for point in zip(*(p[task] for p in parts), strict=True)] for task in choices}
+    return {
+        task: (chosen, dict(zip([("none", 0), *chosen.points], merged[task], strict=True)))
+        for task, chosen in choices.items()
+    }
+
+
+def _joint_matches(
+    detector: nn.Module,
+    decoded: list[Pyramid],
+    image_ids: list[int],
+    features: Features,
+    truth: Truths,
+    task: str,
+    choices: Choices,
+) -> list[Matches]:
+    """Pyramids of some images at every quality, then uncoded -> matches of ("none", 0) and of every point."""
+    uncoded = (len(decoded) - 1,) * len(SCALES)
+    chosen = {i: [uncoded, *map(tuple, choices.phi[i].tolist())] for i in image_ids}
+    wanted = [(i, phi) for i in image_ids for phi in sorted(set(chosen[i]))]
+    found = {}
+    for chunk in _chunks(wanted, PYRAMIDS_PER_PASS):
+        at = [(image_ids.index(i), phi) for i, phi in chunk]
+        pyramid = {scale: torch.stack([decoded[phi[s]][scale][k] for k, phi in at]) for s, scale in enumerate(SCALES)}
+        sizes = [features.sizes(i) for i, _ in chunk]
+        detections = detect(detector, pyramid, sizes, {task}, truth.person_ids)
+        for key, detection in zip(chunk, detections, strict=True):
+            found[key] = results(key[0], detection, task, truth.person_ids)
+    variants = [[r for i in image_ids for r in found[i, chosen[i][p]]] for p in range(len(choices.points) + 1)]
+    return match_variants(truth.coco[task], variants, image_ids, task)
 
 
 def tabulate(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import keypointrcnn_inference, maskrcnn_inference
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -162,32 +161,43 @@ def pyramid_of(model: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Size
     return dict(pyramid), Sizes(tuple(image.shape[-2:]), images.image_sizes[0], tuple(images.tensors.shape[-2:]))
 
 
-@contextmanager
-def heads_for(model: nn.Module, tasks: set[str]) -> Iterator[None]:
-    """Within the block only the heads that `tasks` need are run (the box head always is)."""
-    heads, removed = model.roi_heads, {}
-    for task, kind in (("segmentation", "mask"), ("keypoints", "keypoint")):
-        if task not in tasks:
-            removed[f"{kind}_roi_pool"] = getattr(heads, f"{kind}_roi_pool", None)
-    for name in removed:
-        setattr(heads, name, None)
-    try:
-        yield
-    finally:
-        for name, module in removed.items():
-            setattr(heads, name, module)
-
-
 @torch.inference_mode()
-def detect(model: nn.Module, pyramid: dict[str, Tensor], sizes: list[Sizes]) -> list[dict[str, Tensor]]:
-    """Pyramids [N, C, H_s, W_s] of images of one padded size -> torchvision's detections in original coordinates."""
-    n, padded = len(sizes), sizes[0].padded
+def detect(
+    model: nn.Module,
+    pyramid: dict[str, Tensor],
+    sizes: list[Sizes],
+    tasks: set[str],
+    person_ids: set[int] | None = None,
+) -> list[dict[str, Tensor]]:
+    """Pyramids [N, C, H_s, W_s] of images of one padded size -> torchvision's detections in original coordinates.
+
+    Only the heads that `tasks` need are run, that of boxes always. The keypoint head sees the boxes of the labels
+    `person_ids` (None: all boxes); the keypoints of other boxes are zeros.
+    """
+    heads, padded = model.roi_heads, sizes[0].padded
     # RPN reads only shape, dtype and device of the images.
-    blank = torch.zeros((), device=pyramid["0"].device).expand(n, 3, *padded)
-    images = ImageList(blank, [s.resized for s in sizes])
-    proposals, _ = model.rpn(images, pyramid)
-    detections, _ = model.roi_heads(pyramid, proposals, images.image_sizes)
-    return model.transform.postprocess(detections, images.image_sizes, [s.original for s in sizes])
+    blank = torch.zeros((), device=pyramid["0"].device).expand(len(sizes), 3, *padded)
+    shapes = [s.resized for s in sizes]
+    proposals, _ = model.rpn(ImageList(blank, shapes), pyramid)
+    features = heads.box_head(heads.box_roi_pool(pyramid, proposals, shapes))
+    boxes, scores, labels = heads.postprocess_detections(*heads.box_predictor(features), proposals, shapes)
+    found = [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(boxes, scores, labels, strict=True)]
+    if "segmentation" in tasks:
+        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(pyramid, boxes, shapes)))
+        for detection, masks in zip(found, maskrcnn_inference(logits, labels), strict=True):
+            detection["masks"] = masks
+    if "keypoints" in tasks:
+        persons = torch.tensor([] if person_ids is None else sorted(person_ids), device=blank.device)
+        chosen = [
+            torch.isin(k, persons) if person_ids is not None else torch.ones_like(k, dtype=torch.bool) for k in labels
+        ]
+        people = [b[c] for b, c in zip(boxes, chosen, strict=True)]
+        logits = heads.keypoint_predictor(heads.keypoint_head(heads.keypoint_roi_pool(pyramid, people, shapes)))
+        located, _ = keypointrcnn_inference(logits, people)
+        for detection, c, keypoints in zip(found, chosen, located, strict=True):
+            detection["keypoints"] = keypoints.new_zeros(len(c), *keypoints.shape[1:])
+            detection["keypoints"][c] = keypoints
+    return model.transform.postprocess(found, shapes, [s.original for s in sizes])
 
 
 def save_model(path: Path, model: nn.Module, num_classes: int, num_keypoints: int, half: bool) -> None:

@@ -44,7 +44,7 @@ from stages.lib.bitstream import (
 )
 from stages.lib.coding import FeatureCodec, decode_scale, encode_scale, load_codec, pyramid_shapes
 from stages.lib.files import read_json
-from stages.lib.models import Sizes, detect, heads_for, load_model, pyramid_of, read_image
+from stages.lib.models import Sizes, detect, load_model, pyramid_of, read_image
 from stages.lib.params import SCALES, InputError, load_params
 from stages.lib.planes import plane_shape
 
@@ -56,7 +56,7 @@ INSTANCES = {  # stage -> its instance for a cell, as dvc.yaml's `foreach` and `
     "train_model": "{model}",
     "train_codec": "{model}-{codec}",
     "fit_loss_rate": "{name}",
-    "train_mfip": "{name}",
+    "train_mfip": "{model}-{codec}",
 }
 
 
@@ -74,11 +74,13 @@ class Cell(NamedTuple):
         return self.params["models"][self.model]["image_size"]
 
     def made_by(self, stage: str) -> Path:
-        """The first output of a stage of dvc.yaml for this cell; InputError says how to make one that is missing."""
+        """What a stage of dvc.yaml makes for this cell, a file; InputError says how to make one that is missing."""
         definition = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]
         values = {"key": self.model, "item.task": self.task, "item.model": self.model, "item.codec": self.codec}
         template = definition.get("do", definition)["outs"][0]
         path = Path(re.sub(r"\$\{([a-z.]+)}", lambda match: values[match[1]], template))
+        if stage == "train_mfip":  # a folder for all tasks
+            path /= f"{self.task}.pt"
         if not path.is_file():
             target = f"{stage}@{INSTANCES[stage].format(**self._asdict())}"
             raise InputError(f"{path}: no such file; make it with `dvc repro {target}`")
@@ -160,7 +162,7 @@ def encode(
     bpp: bits of the file per pixel of the image, met within 5 % where the qualities reach that far, else as nearly as
     they do. With none, the bpp that the precoding alone would have.
     """
-    lambdas, precode = cell.params["lambdas"], cell.params["tasks"][cell.task]["precode"]
+    lambdas, precode = cell.params["lambdas"], cell.params["mfip"]["precode"]
     _check_choice(len(lambdas), phi, lambda_prime, bpp)
     image = _read(path, cell)
     networks = load_networks(cell)
@@ -318,8 +320,7 @@ def decode(bitstream: Bitstream, cell: Cell, networks: Networks) -> dict[str, Te
     _check_sizes(bitstream.original, bitstream.resized, cell, networks.detector)
     pyramid = decode_pyramid(bitstream, networks.feature_codec)
     sizes = Sizes(bitstream.original, bitstream.resized, bitstream.padded)
-    with heads_for(networks.detector, {cell.task}):
-        (detection,) = detect(networks.detector, pyramid, [sizes])
+    (detection,) = detect(networks.detector, pyramid, [sizes], {cell.task})
     return detection
 
 

@@ -185,8 +185,8 @@ SCHEMA = {
             "hevc": {"packing": PACKING},
         }
     ),
-    "tasks": Named(one_of(tuple(TASKS)), {"precode": TEXT, "points": whole(1)}),
-    "mfip": {"channels": whole(1), "epochs": whole(1), "lr": POSITIVE, "validation": SHARE},
+    "tasks": Named(one_of(tuple(TASKS)), {"points": whole(1)}),
+    "mfip": {"precode": TEXT, "channels": whole(1), "epochs": whole(1), "lr": POSITIVE, "validation": SHARE},
     "report": {"bootstrap": whole(1)},
     "cells": Named(NAME, {"task": TEXT, "model": TEXT, "codec": TEXT}),
 }
@@ -205,6 +205,11 @@ def load_params() -> dict[str, Any]:
     return params
 
 
+def tasks_of(params: dict[str, Any], model: str, codec: str) -> list[str]:
+    """The tasks of the cells of a model and a codec."""
+    return [cell["task"] for cell in params["cells"].values() if (cell["model"], cell["codec"]) == (model, codec)]
+
+
 def check_params(params: Any) -> None:
     _walk(params, SCHEMA, "")
     _check_prepare(params)
@@ -218,8 +223,7 @@ def check_params(params: Any) -> None:
         _need(low <= high, f"models.{name}.image_size.max", high, f"it must be at least min, {low}")
     _check_lambdas(params)
     _check_networks(params["codecs"])
-    for name, task in params["tasks"].items():
-        _refer(params, "lambdas", task["precode"], f"tasks.{name}.precode")
+    _refer(params, "lambdas", params["mfip"]["precode"], "mfip.precode")
     _check_cells(params)
 
 
@@ -282,6 +286,10 @@ def _check_cells(params: dict[str, Any]) -> None:
         )
         first = seen.setdefault((cell["task"], cell["codec"]), name)
         _need(first == name, f"cells.{name}", cell, f"cells.{first} has this task and codec already; remove one")
+    for model in params["models"]:
+        for codec in params["codecs"]:
+            remedy = f"no cell has model {model} and codec {codec}; add one, or remove the model or the codec"
+            _need(tasks_of(params, model, codec), "cells", list(params["cells"]), remedy)
 
 
 def _walk(value: Any, schema: Any, key: str) -> None:
