@@ -74,11 +74,13 @@ class Elic(Elic2022Official):
     def walk(self, side: Tensor, y: Tensor, code: Code) -> Tensor:
         """Visit the latent in coding order: groups of channels, in each the two colours of a checkerboard.
 
-        `code(part of y, scales, means)` returns the quantised part; it may only depend on y through what it returns.
+        `code(part of y, its channels, scales, means)` returns the quantised part; y goes nowhere else.
         """
         groups = self.latent_codec["y"]
         y_hat: list[Tensor] = []
+        start = 0
         for k, part in enumerate(y.split(groups.groups, 1)):
+            channels = slice(start, start := start + part.shape[1])
             board = groups[f"y{k}"]
             context = groups._get_ctx_params(k, side, y_hat)
             halves = torch.zeros_like(board.unembed(part))  # [2, B, c, H, W / 2]
@@ -89,7 +91,7 @@ class Elic(Elic2022Official):
                 else:
                     spatial = board.unembed(board.context_prediction(board.embed(halves)))[1]
                 scales, means = board.entropy_parameters(board.merge(spatial, contexts[colour])).chunk(2, 1)
-                halves[colour] = code(parts[colour], scales, means)
+                halves[colour] = code(parts[colour], channels, scales, means)
             y_hat.append(board.embed(halves))
         return torch.cat(y_hat, 1)
 

@@ -231,16 +231,18 @@ class LicTcm(CompressionModel):
     def walk(self, side: Tensor, y: Tensor, code: Code) -> Tensor:
         """Visit the latent's slices in coding order -> y_hat [B, M, H / 16, W / 16].
 
-        `code(part of y, scales, means)` returns the quantised part; y goes nowhere else, so a receiver may pass zeros.
+        `code(part of y, its channels, scales, means)` returns the quantised part; y goes nowhere else, so a receiver
+        may pass zeros.
         What rounding took away, at most half a step, is predicted and added back: y_hat = coded + tanh(residual) / 2.
         """
         side_of_means, side_of_scales = side.chunk(2, 1)
         y_hat: list[Tensor] = []
-        for part, model in zip(y.chunk(len(self.slices), 1), self.slices, strict=True):
+        for k, (part, model) in enumerate(zip(y.chunk(len(self.slices), 1), self.slices, strict=True)):
+            channels = slice(k * part.shape[1], (k + 1) * part.shape[1])
             known = model.mean_attention(torch.cat([side_of_means, *y_hat], 1))
             scales = model.scale(model.scale_attention(torch.cat([side_of_scales, *y_hat], 1)))
             # Layouts choose convolution routines, which round differently: a receiver's would not be the sender's.
-            coded = code(part, scales, model.mean(known)).contiguous(memory_format=torch.channels_last)
+            coded = code(part, channels, scales, model.mean(known)).contiguous(memory_format=torch.channels_last)
             y_hat.append(coded + 0.5 * torch.tanh(model.residual(torch.cat([known, coded], 1))))
         return torch.cat(y_hat, 1)
 
