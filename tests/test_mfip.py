@@ -178,7 +178,8 @@ def test_saved_network_predicts_the_same(images, trained, tmp_path):
 def profile(tmp_path, monkeypatch, images):
     """Tables and fake pyramids of a profile: the fit images are `images`, labels of test are absent."""
     batches, labels = images
-    params = {"seed": 0, "lambdas": {"q1": 1, "q2": 2}, "tasks": {"keypoints": {"precode": "q2"}}, "mfip": QUICK}
+    params = {"seed": 0, "lambdas": {"q1": 1, "q2": 2}, "mfip": QUICK | {"precode": "q2"}}
+    params["cells"] = {"keypoints-elic": {"task": "keypoints", "model": "small", "codec": "elic"}}
     monkeypatch.setattr(train_mfip, "load_params", lambda: params)
     test_batches = [([i + 1 for i in ids], pyramid) for ids, pyramid in batches[:3]]
     asked = []
@@ -217,8 +218,8 @@ def profile(tmp_path, monkeypatch, images):
 def test_stage_writes_out_of_fold_weights_of_fit_and_weights_of_test(profile, images):
     folder, asked, test_batches = profile
     batches, drops = images
+    train_mfip.main(folder / "coded", folder / "losses", folder / "elic.pt", "small", "elic", folder / "mfip")
     out = folder / "mfip" / "keypoints"
-    train_mfip.main(folder / "coded", folder / "losses", folder / "elic.pt", "keypoints", out)
     assert asked == [("q2.h5", "fit"), ("q2.h5", "test")]
     assert sorted(path.name for path in out.parent.iterdir()) == ["keypoints.csv", "keypoints.json", "keypoints.pt"]
 
@@ -249,7 +250,8 @@ def test_no_label_of_test_is_read(profile):
                 rows = read_csv(path)
                 nonsense = rows.assign(split="test", image_id=999999, clean="?", drop="?")
                 write_csv(path, pd.concat([rows.astype({"clean": object, "drop": object}), nonsense]))
-        out = folder / f"mfip{garbage}" / "keypoints"
-        train_mfip.main(folder / "coded", folder / "losses", folder / "elic.pt", "keypoints", out)
+        made = folder / f"mfip{garbage}"
+        train_mfip.main(folder / "coded", folder / "losses", folder / "elic.pt", "small", "elic", made)
+        out = made / "keypoints"
         written.append([out.with_suffix(suffix).read_bytes() for suffix in (".csv", ".json", ".pt")])
     assert written[0] == written[1]

@@ -83,7 +83,8 @@ def profile(tmp_path_factory) -> Path:
     params["models"]["small"]["image_size"] = {"min": 32, "max": 48}
     params["lambdas"] = LAMBDAS
     params["codecs"] = {"elic": params["codecs"]["elic"] | {"network": NETWORK, "gains": 3}}
-    params["tasks"] = {task: {"precode": "q2", "points": 2} for task in TASKS}
+    params["mfip"]["precode"] = "q2"
+    params["tasks"] = {task: {"points": 2} for task in TASKS}
     params["cells"] = {f"{task}-elic": {"task": task, "model": "small", "codec": "elic"} for task in TASKS}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")

@@ -17,7 +17,7 @@ from stages.lib.params import InputError, check_params, entry, load_params
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted([ROOT / "params.yaml", *ROOT.glob("profiles/*/params.yaml")])
-PARAMS = yaml.safe_load((ROOT / "profiles/codecs/params.yaml").read_text())  # it has everything
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 MISSING = object()
 
 
@@ -32,16 +32,6 @@ def changed(key: str, value: Any) -> dict[str, Any]:
     else:
         place[last] = value
     return params
-
-
-def test_the_codecs_profile_is_the_default_one_with_more_codecs() -> None:
-    default = yaml.safe_load((ROOT / "params.yaml").read_text())
-    more = yaml.safe_load((ROOT / "profiles/codecs/params.yaml").read_text().replace("../../data", "data"))
-    assert (default["root"], more["root"]) == (".", "../..")
-    for section in ("codecs", "cells"):
-        assert default[section].items() <= more[section].items()
-    for section in set(default) - {"root", "codecs", "cells"}:
-        assert default[section] == more[section]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
@@ -92,8 +82,8 @@ BAD = [  # key, value, what the line must say beside the key
     ("codecs.elic.lambda_range", [0.2, 0.1], "lowest < highest"),
     ("codecs.elic.crop", 96, "multiple of 64"),
     ("codecs.elic.init", "", "a text or null"),
-    ("tasks.panoptic", {"precode": "q1", "points": 8}, "one of detection"),
-    ("tasks.detection.precode", "q99", "not in lambdas"),
+    ("tasks.panoptic", {"points": 8}, "one of detection"),
+    ("mfip.precode", "q99", "not in lambdas"),
     ("tasks.detection.points", 0, "at least 1"),
     ("mfip.validation", 1, "between 0 and 1"),
     ("report.bootstrap", "many", "'many'"),
@@ -124,6 +114,12 @@ def test_a_model_serves_only_tasks_that_it_has_heads_for() -> None:
 def test_a_cell_needs_a_model_of_its_task() -> None:
     with pytest.raises(InputError, match="cells.keypoints-elic.model is 'small': models.small.tasks lacks keypoints"):
         check_params(changed("models.small.tasks", ["detection", "segmentation"]))
+
+
+def test_every_pair_of_model_and_codec_has_a_cell() -> None:
+    cells = {name: cell for name, cell in PARAMS["cells"].items() if cell["codec"] != "hevc"}
+    with pytest.raises(InputError, match="no cell has model small and codec hevc"):
+        check_params(changed("cells", cells))
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,8 @@ def test_a_rerun_starts_no_stage(smoke: Path) -> None:
     ("old", "new", "runs", "rests"),
     [
         ("q2: 0.02", "q2: 0.021", {"compress@small-elic-q2"}, {"compress@small-elic-q1", "measure@small-hevc-q1"}),
-        ("q2, points: 5}\n  seg", "q2, points: 6}\n  seg", {"allocate@detection-elic"}, {"allocate@keypoints-hevc"}),
-        ("bootstrap: 20", "bootstrap: 21", {"evaluate@detection-elic", "report"}, {"allocate@detection-elic"}),
+        ("detection: {points: 5}", "detection: {points: 6}", {"allocate@detection-elic"}, {"allocate@keypoints-hevc"}),
+        ("bootstrap: 20", "bootstrap: 21", {"evaluate@small-elic", "report"}, {"allocate@detection-elic"}),
     ],
 )
 def test_a_changed_number_reruns_what_depends_on_it(

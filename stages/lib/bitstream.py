@@ -18,7 +18,7 @@ and a record, the unit that an allocation chooses,
      1    2 x 2  low, high: IEEE float16, the feature values of the plane's 0 and 1, finite, low <= high
      5    1-4    length of the payload in bytes, 7 bits a byte, lowest first, as few bytes as it takes;
                  the top bit of each says that another one follows
-    ...   length payload: one rANS string, or nothing
+    ...   length payload: one string of the codec, or nothing
 
 All shapes follow from the sizes: the padded size is the second one rounded up to multiples of 32. One content has
 exactly one file, so a file that `parse` accepts is the one that `pack` writes. The CRC is against damage; it proves

@@ -10,6 +10,7 @@ per trained lambda and geometric interpolation between neighbours, so that one n
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,11 @@ SCALE_LIMITS = (SCALE_TABLE[1:] * SCALE_TABLE[:-1]).sqrt()  # between a scale an
 # What a number's own bits count for when the sender decides whether it is worth them. Below 1, because what is not sent
 # is missing in the context of what follows; of 0.25 to 1.3 the best for every scale and rate (images of `fit`).
 THRIFT = 0.5
+NUMBER_BITS = torch.from_numpy(-np.log2(np.maximum(gaussians(SCALE_TABLE.numpy()), 2.0**-24))).float()  # ans' least
+# What analysis and synthesis compute in when they code. A receiver's may differ from a sender's in the last bits, so it
+# is what the processor multiplies fastest; the entropy networks, which have to agree to the bit, keep to float32.
+FAST = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+TRANSFORM_TYPE = torch.bfloat16 if FAST else torch.float32
 LANES = 2 if torch.cuda.is_available() else 1  # planes at a time: a GPU has one's networks while a core codes the other
 
 Code = Callable[[Tensor, slice, Tensor, Tensor], Tensor]  # (part of y, its channels, scales, means) -> quantised part
@@ -116,26 +122,33 @@ class LearnedCodec(nn.Module):
         y_hat, bits = self.quantised(self.net.g_a(x - self.centre), lmbda)
         return self.net.g_s(y_hat) + self.centre, bits
 
-    def quantised(self, y: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor]:
+    def quantised(self, y: Tensor, lmbda: Tensor, decided: bool = False) -> tuple[Tensor, Tensor]:
         """Latents [B, M, h, w] -> what the receiver has of them, estimated bits [B].
 
-        In training the bits are those of y and z with uniform noise, the result that of the rounded ones. Under
-        autocast the networks run in its type; likelihoods, differences of nearly equal numbers, stay in float32.
+        In training the bits are those of y and z with uniform noise, the result that of the rounded ones; if `decided`,
+        both are those of the numbers that a sender decides for, which pass no gradient on to y. Under autocast the
+        networks run in its type; likelihoods, differences of nearly equal numbers, stay in float32.
         """
         position = self.position(lmbda)
+        inverse = self._at(self.log_inverse, position)
+        price_of_error = 255**2 * lmbda[:, None, None, None] * inverse.square()
         y = y.float() * self._at(self.log_gain, position)
         z = self.net.h_a(y).float()
         with torch.autocast(z.device.type, enabled=False):
             bits = _bits(self.net.entropy_bottleneck(z)[1])
 
-        def quantise(part: Tensor, _: slice, scales: Tensor, means: Tensor) -> Tensor:
+        def quantise(part: Tensor, channels: slice, scales: Tensor, means: Tensor) -> Tensor:
             nonlocal bits
             scales, means = scales.float(), means.float()
-            bits = bits + _bits(self.net.gaussian_conditional(part, scales, means)[1])
-            return quantize_ste(part - means) + means
+            if decided:
+                with torch.no_grad():
+                    part = means + self._worth_sending(part - means, _table_of(scales), price_of_error[:, channels])
+            noise = self.training and not decided
+            bits = bits + _bits(self.net.gaussian_conditional(part, scales, means, training=noise)[1])
+            return part if decided else quantize_ste(part - means) + means
 
         side = self.net.h_s(quantize_ste(z - self._medians) + self._medians)
-        return self.net.walk(side, y, quantise) * self._at(self.log_inverse, position), bits
+        return self.net.walk(side, y, quantise) * inverse, bits
 
     @property
     def _medians(self) -> Tensor:
@@ -144,14 +157,12 @@ class LearnedCodec(nn.Module):
     # ---- coding: plane by plane, so that no plane's bits depend on the company it keeps
 
     def update(self) -> LearnedCodec:
-        """Build the coder's tables: to be called before coding, and again after every change of the weights."""
+        """Make ready for coding: to be called before it, and again after every change of the weights."""
+        self._transforms = tuple(copy.deepcopy(part).to(TRANSFORM_TYPE) for part in (self.net.g_a, self.net.g_s))
         numbers = torch.arange(-LIMIT, LIMIT + 1, device=self.log_lambdas.device)
         with torch.no_grad():
             likelihood = self.net.entropy_bottleneck._likelihood(self._medians[0, :, :, 0, None] + numbers)[0]
-        normal = gaussians(SCALE_TABLE.numpy())
-        self._tables = Tables(np.concatenate([normal, likelihood[:, 0].cpu().numpy()]))
-        bits = -np.log2(np.maximum(normal, 2.0**-24))  # no number costs more: see ans.Tables
-        self._number_bits = torch.from_numpy(bits).float().to(self.log_lambdas.device)  # [tables, 2 LIMIT + 1]
+        self._tables = Tables(np.concatenate([gaussians(SCALE_TABLE.numpy()), likelihood[:, 0].cpu().numpy()]))
         return self
 
     def encode(self, planes: Tensor, level: int) -> list[Coded]:
@@ -167,14 +178,14 @@ class LearnedCodec(nn.Module):
         height, width = plane.shape[2:]
         x = functional.pad(plane - self.centre, (0, -width % STRIDE, 0, -height % STRIDE))
         gain = self._at(self.log_gain, self._position_of(level))
-        y = self.net.g_a(x.contiguous(memory_format=torch.channels_last)) * gain
+        y = self._transforms[0](x.to(TRANSFORM_TYPE, memory_format=torch.channels_last)).float() * gain
         z = self.net.h_a(y)
         numbers = (z - self._medians).round().clamp(-LIMIT, LIMIT)
         bits = _bits(self.net.entropy_bottleneck(numbers + self._medians)[1])
         parts = [Part(_flat(numbers, np.int32), self._hyper_tables(z.shape[2:]))]
 
-        price = 255**2 * (self.log_lambdas[0] + level / 255 * (self.log_lambdas[-1] - self.log_lambdas[0])).exp()
-        price_of_error = price * self._at(self.log_inverse, self._position_of(level)) ** 2  # bits, [1, M, 1, 1]
+        lmbda = (self.log_lambdas[0] + level / 255 * (self.log_lambdas[-1] - self.log_lambdas[0])).exp()
+        price_of_error = 255**2 * lmbda * self._at(self.log_inverse, self._position_of(level)).square()  # [1, M, 1, 1]
 
         def send(part: Tensor, channels: slice, scales: Tensor, means: Tensor) -> Tensor:
             nonlocal bits
@@ -193,9 +204,10 @@ class LearnedCodec(nn.Module):
 
         Rate-distortion optimised quantisation of each number for itself: only the sender knows of it.
         """
+        bits = NUMBER_BITS.to(exact.device)
 
         def cost(n: Tensor) -> Tensor:
-            return self.thrift * self._number_bits[tables, n.long() + LIMIT] + price_of_error * (n - exact).square()
+            return self.thrift * bits[tables, n.long() + LIMIT] + price_of_error * (n - exact).square()
 
         nearest = exact.round().clamp(-LIMIT, LIMIT)
         less = nearest - nearest.sign()
@@ -227,7 +239,8 @@ class LearnedCodec(nn.Module):
         return self.log_lambdas.new_tensor([level / 255 * (len(self.log_lambdas) - 1)])
 
     def _synthesis(self, y_hat: Tensor, level: int) -> Tensor:
-        return self.net.g_s(y_hat * self._at(self.log_inverse, self._position_of(level))) + self.centre
+        scaled = y_hat * self._at(self.log_inverse, self._position_of(level))
+        return self._transforms[1](scaled.to(TRANSFORM_TYPE)).float() + self.centre
 
     def _hyper_tables(self, size: tuple[int, int]) -> np.ndarray:
         """Tables of the hyper-latent's numbers [N h w]: one per channel, behind the Gaussians' tables."""
