@@ -83,5 +83,5 @@ def _runs(tables: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
     order = np.argsort(tables, kind="stable")  # a radix sort, for 16 bits
     ranked = tables[order]
     starts = np.flatnonzero(np.diff(ranked, prepend=np.uint16(2**16 - 1)))
-    ends = np.append(starts[1:], len(tables))
+    ends = np.append(starts, len(tables))[1:]
     return order, list(zip(ranked[starts].tolist(), starts.tolist(), ends.tolist(), strict=True))

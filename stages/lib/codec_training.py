@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -81,11 +80,10 @@ def random_crops(
 
 
 class Schedule(NamedTuple):
-    """Steps of the three parts of `train`; `batch` and `crop` as in random_crops."""
+    """`entropy_steps` of the entropy model alone, then `steps` of everything; `batch` and `crop` as in random_crops."""
 
     entropy_steps: int
     steps: int
-    final_steps: int
     batch: int
     crop: int
     lr: float
@@ -95,23 +93,21 @@ def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: S
     """Minimise  bits + lambda * 255^2 * squared error  in place, lambda log-uniform in the codec's range per sample.
 
     First the entropy model learns alone, several times as fast: as long as the transform is orthonormal, as it starts,
-    the error of a plane is that of its latents. Then everything learns, the transform at a tenth of the rate. At last
-    the entropy model learns the numbers that a sender decides for, of which fewer are not 0. Returns loss, bits and
-    squared error per plane pixel, averaged over every 100 steps.
+    the error of a plane is that of its latents. Then everything learns, the transform at a tenth of the rate. Returns
+    loss, bits and squared error per plane pixel, averaged over every 100 steps.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     codec.train().to(DEVICE).to(memory_format=torch.channels_last)  # a tenth faster on a CPU
     transform = [p for part in (codec.net.g_a, codec.net.g_s) for p in part.parameters()]
     quantiles = [p for name, p in codec.named_parameters() if name.endswith(".quantiles")]
-    gains = [codec.log_gain, codec.log_inverse]
-    apart = {id(p) for p in transform + quantiles + gains}
-    entropy = [p for p in codec.parameters() if id(p) not in apart]
+    apart = {id(p) for p in transform + quantiles}
+    others = [p for p in codec.parameters() if id(p) not in apart]
 
-    def latent_error(x: Tensor, mask: Tensor, lmbda: Tensor, decided: bool = False) -> tuple[Tensor, Tensor]:
+    def latent_error(x: Tensor, mask: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             y = codec.net.g_a(x - codec.centre).float()
-        y_hat, bits = codec.quantised(y, lmbda, decided)
+        y_hat, bits = codec.quantised(y, lmbda)
         return (y_hat - y).square().flatten(1).sum(1), bits
 
     def plane_error(x: Tensor, mask: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,13 +116,12 @@ def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: S
 
     log = []
     for errors_and_bits, steps, groups in (
-        (latent_error, schedule.entropy_steps, [{"params": entropy + gains, "lr": schedule.lr}]),
+        (latent_error, schedule.entropy_steps, [{"params": others, "lr": schedule.lr}]),
         (
             plane_error,
             schedule.steps,
-            [{"params": entropy + gains, "lr": schedule.lr}, {"params": transform, "lr": schedule.lr * TRANSFORM_RATE}],
+            [{"params": others, "lr": schedule.lr}, {"params": transform, "lr": schedule.lr * TRANSFORM_RATE}],
         ),
-        (partial(latent_error, decided=True), schedule.final_steps, [{"params": entropy, "lr": schedule.lr}]),
     ):
         if steps == 0:
             continue

@@ -128,7 +128,6 @@ def learned(network: dict[str, Any]) -> Either:
         "init": TEXT_OR_NULL,
         "entropy_steps": whole(0),
         "steps": whole(0),
-        "final_steps": whole(0),
         "batch": whole(1),
         "crop": whole(64, multiple_of=64),  # the codecs' total stride
         "lr": POSITIVE,
