@@ -52,6 +52,8 @@ def main(data: Path, reports: Path) -> None:
     write_csv(reports / "rd_points.csv", points)
     write_csv(reports / "bd_rate.csv", bd)
     write_csv(reports / "codec_bd_rate.csv", codec_bd)
+    feature_bd = tables.feature_bd_rates({key: rate_distortion for key, (rate_distortion, _) in coders.items()})
+    write_csv(reports / "codec_feature_bd_rate.csv", feature_bd)
     write_json(reports / "metrics.json", tables.metrics(points, bd))
     fits, mfip = ({key: getattr(cell, name) for key, cell in cells.items()} for name in ("fit", "mfip"))
     for name, found in (

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.lib import features
 from stages.lib.features import Features, batches_by_size, write_features
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, InputError
@@ -52,10 +53,11 @@ def test_the_same_features_give_the_same_bytes(tmp_path):
     assert write(tmp_path / "a.h5").read_bytes() == write(tmp_path / "b.h5").read_bytes()
 
 
-def test_batches_hold_images_of_one_padded_size(tmp_path):
+def test_batches_hold_images_of_one_padded_size(tmp_path, monkeypatch):
     fit = Features(write(tmp_path / "f.h5"), "fit")
-    assert list(fit.batches(8)) == [[12, 100], [3]]
-    assert list(fit.batches(1)) == [[12], [100], [3]]
+    assert list(fit.batches()) == [[12, 100], [3]]
+    monkeypatch.setattr(features, "BATCH", 1)
+    assert list(fit.batches()) == [[12], [100], [3]]
 
 
 def test_pyramids_are_stacked_in_the_order_of_the_ids(tmp_path):
@@ -64,17 +66,18 @@ def test_pyramids_are_stacked_in_the_order_of_the_ids(tmp_path):
         assert torch.equal(stacked[scale], torch.cat([pyramid(100)[scale], pyramid(12)[scale]]))
 
 
-def test_batches_do_not_depend_on_the_order_of_the_sizes():
+def test_batches_do_not_depend_on_the_order_of_the_sizes(monkeypatch):
     sizes = {i: WIDE if i % 3 else HIGH for i in range(20)}
-    batches = list(batches_by_size(sizes, 4))
-    assert batches == list(batches_by_size(dict(reversed(sizes.items())), 4))
+    monkeypatch.setattr(features, "BATCH", 4)
+    batches = list(batches_by_size(sizes))
+    assert batches == list(batches_by_size(dict(reversed(sizes.items()))))
     assert sorted(sum(batches, [])) == list(range(20))
     assert all(len({sizes[i].padded for i in batch}) == 1 and len(batch) <= 4 for batch in batches)
 
 
 def test_images_resized_alike_but_stored_differently_share_a_batch():
     sizes = {1: WIDE, 2: WIDE._replace(original=(25, 45), resized=(61, 128))}
-    assert list(batches_by_size(sizes, 8)) == [[1, 2]]
+    assert list(batches_by_size(sizes)) == [[1, 2]]
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

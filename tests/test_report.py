@@ -96,6 +96,7 @@ def write_profile(folder: Path, tasks: tuple[str, ...] = CELLS, trained: bool = 
     """A profile's folder after every stage but the report."""
     params = copy.deepcopy(PARAMS)
     params["cells"] = {f"{task}-elic": {"task": task, "model": "small", "codec": "elic"} for task in tasks}
+    params["codecs"] = {"elic": params["codecs"]["elic"]}
     folder.mkdir(parents=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     data, codec = folder / "data", folder / "reports/codecs/small/elic"
@@ -186,6 +187,25 @@ def test_a_codec_of_a_fifth_fewer_bits_than_hevc_saves_20_percent() -> None:
         assert found.loc[codec, ["bd_rate_pchip", "ci_low", "ci_high"]].tolist() == pytest.approx([saved] * 3)
     without = tables.codec_bd_rates(points[points["codec"] != "hevc"], resamples)
     assert without.empty and without.columns.tolist() == ["task", "codec", *tables.BD_RATE[3:]]
+
+
+def test_a_codec_with_a_fifth_less_rate_saves_a_fifth_of_hevcs_on_every_scale() -> None:
+    rate, psnr = np.geomspace(0.1, 2, 6), np.linspace(22, 34, 6)
+
+    def curve(coder: str, factor: float) -> pd.DataFrame:
+        parts = [
+            pd.DataFrame({"coder": name, "scale": scale, "bpp_plane": share * rate, "psnr": psnr})
+            for scale in SCALES
+            for name, share in ((coder, factor), ("jpeg", 3.0))
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    curves = {("small", "elic"): curve("elic", 0.8), ("small", "hevc"): curve("hevc", 1.0)}
+    found = tables.feature_bd_rates(curves)
+    assert found["scale"].tolist() == list(SCALES) and set(found["codec"]) == {"elic"}
+    assert found["bd_rate_pchip"].to_numpy() == approx(-20) and found["bd_rate_akima"].to_numpy() == approx(-20)
+    assert found["overlap"].to_numpy() == approx(1)
+    assert tables.feature_bd_rates({("small", "elic"): curves["small", "elic"]}).empty
 
 
 def test_a_model_that_finds_nothing_is_reported_as_such(profile: Path) -> None:

@@ -116,6 +116,28 @@ def codec_bd_rates(points: pd.DataFrame, resamples: dict[tuple[str, str], pd.Dat
     return table.assign(codec=table["method"]).drop(columns="method").reset_index(drop=True)
 
 
+def feature_bd_rates(curves: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
+    """rate_distortion.csv of each (model, codec) -> the codecs against HEVC in PSNR of the features, scale by scale.
+
+    Columns as in bd_rate.csv, without what depends on a task. No rows for a model whose features HEVC does not code.
+    """
+    rows = []
+    for (model, codec), curve in curves.items():
+        anchor = curves.get((model, CODEC_ANCHOR))
+        if codec == CODEC_ANCHOR or anchor is None:
+            continue
+        for scale in SCALES:
+            ours, theirs = (
+                Curve(*part.loc[(part["coder"] == name) & (part["scale"] == scale), ["bpp_plane", "psnr"]].to_numpy().T)
+                for part, name in ((curve, codec), (anchor, CODEC_ANCHOR))
+            )
+            found = bd_rate(theirs, ours)
+            numbers = found.pchip, found.akima, found.overlap, found.n_points, "; ".join(found.flags)
+            rows.append((model, codec, scale, CODEC_ANCHOR, *numbers))
+    columns = ["bd_rate_pchip", "bd_rate_akima", "overlap", "n_points", "flags"]
+    return pd.DataFrame(rows, columns=["model", "codec", "scale", "anchor", *columns])
+
+
 def check_cell(points: pd.DataFrame, resamples: pd.DataFrame, folder: str) -> None:
     """Every method's points are 0 .. P-1 and each has all resamples; raises InputError that names the folder."""
     remedy = "run evaluate again"
