@@ -11,7 +11,7 @@ from pytest import approx
 
 from stages import train_codec
 from stages.lib import codec_training
-from stages.lib.codec_training import JPEG_QUALITIES, fit_packing, random_crops, rate_distortion
+from stages.lib.codec_training import JPEG_QUALITIES, Schedule, fit_packing, random_crops, rate_distortion
 from stages.lib.coding import FeatureCodec, build_codec, decode_scale, encode_scale, load_codec, save_codec
 from stages.lib.features import Features, write_features
 from stages.lib.files import read_csv
@@ -124,7 +124,7 @@ def loss_of(codec, features) -> float:
 def test_training_reduces_the_loss(train_split):
     codec = tiny()
     before = loss_of(codec, train_split)
-    log = codec_training.train(codec, train_split, PLAIN, steps=30, batch=1, crop=64, lr=1e-3, seed=0)
+    log = codec_training.train(codec, train_split, PLAIN, Schedule(0, 30, batch=1, crop=64, lr=1e-3), seed=0)
     assert not codec.training
     assert [line.keys() for line in log] == [{"step": 0, "loss": 0, "bpp_plane": 0, "mse": 0}.keys()]
     assert loss_of(codec, train_split) < 0.9 * before
@@ -134,11 +134,51 @@ def test_the_same_seed_gives_the_same_weights(train_split):
     results = []
     for seed in (5, 5, 6):
         codec = tiny()
-        codec_training.train(codec, train_split, PLAIN, steps=3, batch=1, crop=64, lr=1e-3, seed=seed)
+        codec_training.train(codec, train_split, PLAIN, Schedule(2, 3, batch=1, crop=64, lr=1e-3), seed=seed)
         results.append(codec.state_dict())
     first, same, other = results
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["log_gain"], other["log_gain"])
+
+
+def test_the_block_basis_is_that_of_the_planes_blocks(train_split):
+    basis = codec_training.block_basis(train_split, PLAIN).flatten(1)
+    assert torch.allclose(basis @ basis.T, torch.eye(256), atol=1e-5)
+    planes = {s: [pack(train_split.scale(i, s), s, PLAIN)[0] - 0.5 for i in train_split.image_ids] for s in SCALES}
+    covariance = torch.zeros(256, 256)
+    for scale, side in SIDES.items():
+        for plane in planes[scale]:
+            whole = torch.zeros(1, *(-(-n // 16) * 16 for n in plane.shape[1:]))
+            whole[:, : plane.shape[1], : plane.shape[2]] = plane
+            blocks = whole[0].unfold(0, 16, 16).unfold(1, 16, 16).reshape(-1, 256)
+            covariance += side * (blocks.T @ blocks) / len(blocks)
+    diagonal = basis @ covariance @ basis.T
+    assert torch.allclose(diagonal, diagonal.diagonal().diag(), atol=1e-4 * diagonal.max().item())
+    assert (diagonal.diagonal().diff() < 1e-4 * diagonal.max()).all()
+
+
+def test_the_entropy_model_learns_alone_and_then_everything(train_split):
+    codec = tiny()
+    codec.net.transform_start(codec_training.block_basis(train_split, PLAIN))
+    for entropy_steps, steps, moves in ((2, 0, False), (0, 2, True)):
+        before = {name: value.clone() for name, value in codec.named_parameters()}
+        codec_training.train(codec, train_split, PLAIN, Schedule(entropy_steps, steps, 1, 64, 1e-3), seed=0)
+        moved = {name for name, value in codec.named_parameters() if not torch.equal(value, before[name])}
+        assert any(name.startswith(("net.g_a", "net.g_s")) for name in moved) == moves
+        assert {"log_gain", "log_inverse"} <= moved and any(name.startswith("net.latent_codec") for name in moved)
+
+
+def test_the_error_of_a_plane_is_that_of_its_latents_at_the_start(train_split):
+    torch.manual_seed(0)
+    wide = {"N": 64, "M": 256, "groups": [64, 192], "context": {"widths": [8, 8], "kernel": 3}}
+    codec = build_codec(CONFIG | {"network": wide})
+    codec.net.transform_start(codec_training.block_basis(train_split, PLAIN))
+    ((x, _),) = crops(train_split)
+    with torch.no_grad():
+        y = codec.net.g_a(x - 0.5)
+        y_hat, _ = codec.quantised(y, torch.full((len(x),), 0.001))
+        error = (codec.net.g_s(y_hat) + 0.5 - x).square().sum().item()
+    assert error == approx((y_hat - y).square().sum().item(), rel=0.01)
 
 
 # ---- curves
@@ -191,7 +231,9 @@ def test_jpegs_error_is_of_the_features_alone():
 @pytest.fixture
 def run(path, tmp_path, monkeypatch):
     def run(init: Path, **changes) -> Path:
-        codec = CONFIG | {"init": str(init), "steps": 0, "batch": 1, "crop": 64, "lr": 1e-3} | changes
+        codec = (
+            CONFIG | {"init": str(init), "entropy_steps": 0, "steps": 0, "batch": 1, "crop": 64, "lr": 1e-3} | changes
+        )
         monkeypatch.setattr(
             train_codec, "load_params", lambda: {"seed": 0, "codecs": {"elic": codec}, "lambdas": LAMBDAS}
         )

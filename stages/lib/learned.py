@@ -284,7 +284,7 @@ def _in_lanes(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]
 
 def _table_of(scales: Tensor) -> Tensor:
     """The table of the nearest scale."""
-    return torch.bucketize(scales, SCALE_LIMITS.to(scales.device))
+    return torch.bucketize(scales.contiguous(), SCALE_LIMITS.to(scales.device))
 
 
 def _flat(values: Tensor, dtype: type) -> np.ndarray:
