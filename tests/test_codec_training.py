@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from compressai.layers import AttentionBlock
+from compressai.models import Elic2022Official
+from compressai.models.sensetime import ResidualBottleneckBlock
 from pytest import approx
 
 from stages import train_codec
@@ -181,6 +184,31 @@ def test_the_error_of_a_plane_is_that_of_its_latents_at_the_start(train_split):
     assert error == approx((y_hat - y).square().sum().item(), rel=0.03)  # branches are near zero, not zero
 
 
+def test_both_phases_see_the_same_error_and_bits_of_an_orthonormal_transform(train_split, monkeypatch):
+    """In their first step, before anything was learned, on crops without padding."""
+    wide = {"N": 64, "M": 256, "groups": [64, 192], "context": {"widths": [8, 8], "kernel": 3}}
+    whole = [(x, mask) for x, mask in crops(train_split) if mask.all()] or [
+        tuple(part[:4] for part in crops(train_split)[0])
+    ]
+    monkeypatch.setattr(codec_training, "random_crops", lambda *_: whole)
+    logs = []
+    for entropy_steps in (1, 0):
+        torch.manual_seed(0)
+        codec = build_codec(CONFIG | {"network": wide})
+        codec.net.transform_start(codec_training.block_basis(train_split, PLAIN))
+        with torch.no_grad():  # what is near zero at the start, exactly zero
+            for module in (*codec.net.g_a.modules(), *codec.net.g_s.modules()):
+                if isinstance(module, ResidualBottleneckBlock):
+                    module.conv3.weight.zero_()
+                elif isinstance(module, AttentionBlock):
+                    module.conv_b[-1].bias.fill_(-1e4)
+        schedule = Schedule(entropy_steps, 1 - entropy_steps, 2, 64, 1e-3)
+        logs += codec_training.train(codec, train_split, PLAIN, schedule, seed=0)
+    of_latents, of_planes = logs
+    for name in ("mse", "bpp_plane", "loss"):
+        assert of_latents[name] == approx(of_planes[name], rel=0.01)
+
+
 # ---- curves
 
 
@@ -230,10 +258,11 @@ def test_jpegs_error_is_of_the_features_alone():
 
 @pytest.fixture
 def run(path, tmp_path, monkeypatch):
-    def run(init: Path, **changes) -> Path:
-        codec = (
-            CONFIG | {"init": str(init), "entropy_steps": 0, "steps": 0, "batch": 1, "crop": 64, "lr": 1e-3} | changes
-        )
+    def run(init: Path | None, **changes) -> Path:
+        schedule = {"entropy_steps": 0, "steps": 0, "batch": 1, "crop": 64, "lr": 1e-3}
+        return run_with(CONFIG | schedule | {"init": init and str(init)} | changes)
+
+    def run_with(codec: dict) -> Path:
         monkeypatch.setattr(
             train_codec, "load_params", lambda: {"seed": 0, "codecs": {"elic": codec}, "lambdas": LAMBDAS}
         )
@@ -241,6 +270,7 @@ def run(path, tmp_path, monkeypatch):
         train_codec.main(path, "small", "elic", tmp_path / "codec.pt", tmp_path / "reports")
         return tmp_path / "codec.pt"
 
+    run.with_codec = run_with  # these params and no others
     return run
 
 
@@ -276,3 +306,50 @@ def test_given_weights_must_be_complete(run, codec_file, tmp_path):
     cut = edited(codec_file, tmp_path / "cut.pt", lambda c: c["state"].pop("net.g_a.4.weight"))
     with pytest.raises(InputError, match=r"cut\.pt.*net\.g_a\.4\.weight"):
         run(cut)
+
+
+def test_without_weights_the_codec_starts_as_the_transform_of_its_planes(run, path):
+    """A transform start has error from rounding only, and 256 bands carry what 16 x 16 pixels hold."""
+    wide = {"N": 64, "M": 256, "groups": [64, 192], "context": {"widths": [8, 8], "kernel": 3}}
+    codec, packing, channels = load_codec(run(None, network=wide))
+    assert channels == CHANNELS and packing.kind == "pca"
+    plane, _ = pack(Features(path, "fit").scale(0, "0"), "0", packing)
+    (coded,) = codec.encode(plane[None], 255)
+    assert -10 * math.log10((coded.plane - plane).square().mean()) > 33  # D = 1 / (2 ln 2 lambda 255^2): 36.5 dB
+
+
+def test_a_family_of_published_networks_becomes_a_codec_file(path, run, tmp_path):
+    files, network = [], {"N": 8, "M": 16, "groups": [4, 12], "context": {"widths": [224, 128], "kernel": 5}}
+    for k in range(2):
+        torch.manual_seed(k)
+        files.append({"lmbda": (0.002, 0.02)[k], "weights": str(tmp_path / f"{k}.pth.tar")})
+        torch.save({"state_dict": Elic2022Official(8, 16, [4, 12]).state_dict()}, files[-1]["weights"])
+    params = {"packing": "tile", "network": network, "family": files}
+    feature_codec = load_codec(run.with_codec(params))
+    codec = feature_codec.codec
+    assert feature_codec.packing.kind == "tile" and codec.lambdas == [0.002, 0.02]
+    assert [codec.level(lmbda) for lmbda in LAMBDAS.values()] == [0, 1]
+    for file, member in zip(files, codec.members, strict=True):
+        state = torch.load(file["weights"], weights_only=True)["state_dict"]
+        for name, value in member.net.named_parameters():
+            assert torch.equal(value, state[name].half().float() if value.ndim > 1 else state[name])
+    fit = Features(path, "fit")
+    for scale, side in SIDES.items():
+        maps = fit.scale(1, scale)
+        for level in range(2):
+            (record,) = encode_scale(maps[None], scale, level, feature_codec)
+            decoded = decode_scale([record.data], scale, (side, side), feature_codec)[0]
+            assert record.data[0] == level
+            assert (decoded - maps).square().mean().item() == approx(record.mse_feature, rel=1e-4)
+    assert read_csv(tmp_path / "reports" / "loss.csv").empty
+    curves = read_csv(tmp_path / "reports" / "rate_distortion.csv")
+    assert len(curves) == len(SCALES) * (len(train_codec.LAMBDAS) + len(JPEG_QUALITIES))
+
+
+def test_a_family_of_another_network_is_refused_before_the_curves(run, tmp_path):
+    torch.save(Elic2022Official(8, 16, [4, 12]).state_dict(), tmp_path / "small.pth")
+    network = {"N": 8, "M": 16, "groups": [8, 8], "context": {"widths": [224, 128], "kernel": 5}}
+    family = [{"lmbda": 0.002, "weights": str(tmp_path / "small.pth")}]
+    with pytest.raises(InputError, match=r"small\.pth: layer 'latent_codec\.y\."):
+        run.with_codec({"packing": "tile", "network": network, "family": family})
+    assert not (tmp_path / "codec.pt").exists()
