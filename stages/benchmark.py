@@ -1,28 +1,204 @@
-"""Codecs -> reports/benchmark.json: speed beside its limit and beside a plain loop with compressai, peak memory.
+"""Codecs -> reports/benchmark.json: their speed beside its limit and beside a plain loop with compressai; their memory.
 
-Run in a profile's folder, on a machine that does nothing else, after `dvc repro train_codec@small-elic`.
+Run in a profile's folder, when the machine does nothing else.
 """
 
 import argparse
+import os
+import platform
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from stages.lib.benchmarking import benchmark, table
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from stages.lib.benchmarking import measure, peak_memory
+from stages.lib.coding import FeatureCodec, build_codec, load_codec
+from stages.lib.elic import Elic
+from stages.lib.features import Features
 from stages.lib.files import write_json
+from stages.lib.learned import STRIDE, LearnedCodec
+from stages.lib.models import DEVICE
 from stages.lib.online import run
-from stages.lib.params import load_params
+from stages.lib.params import InputError, load_params
+from stages.lib.planes import Packing, pack, plane_shape
+from stages.lib.progress import progress
+from stages.lib.shards import map_shards
 
 DATA, OUT = Path("data"), Path("reports/benchmark.json")
-COCO_PLANE = (2000, 2736)  # 256 channels of 200 x 304 in tiles of three: scale 0 of an image of 800 x 1216 px
+REPETITIONS = {"default": 7, "coco": 3}
+CORES = len(os.sched_getaffinity(0))
+THREADS = {"default": 1, "coco": CORES}  # as a worker of `map_shards` has; a large plane has the machine for itself
+SIDES = (256, 512, 1024)  # of the planes whose coding is weighed
+COCO_CHANNELS, COCO_PLANE = 256, (2000, 2736)  # scale 0 of an image of 800 x 1216 px: 200 x 304, in tiles of three
+FULL_SIZE = {  # the papers' networks
+    "elic": {"N": 192, "M": 320, "groups": [16, 16, 32, 64, 192], "context": {"widths": [224, 128], "kernel": 5}},
+    "tcm": {"N": 64, "M": 320},
+}
+PLAIN = {"elic": "compressai's Elic2022Official", "tcm": "a loop as LIC-TCM's authors wrote it, on compressai's coder"}
+GOALS = {("default", "cpu"): 2, ("coco", "cuda"): 5}  # times the plain loop
+NOT_MEASURED = {"note": "not measured"}
 
 
 def main(coco: bool, size: tuple[int, int]) -> None:
-    report = benchmark(load_params(), DATA, tuple(size) if coco else None)
+    report = benchmark(load_params(), DATA, size if coco else None)
     write_json(OUT, report)
     print(table(report))
 
 
+def benchmark(params: dict[str, Any], data: Path, size: tuple[int, int] | None) -> dict[str, Any]:
+    """`machine`, `cases` (a codec at a size on a device: see `measure`) and `memory`. size: of the COCO plane."""
+    torch.set_num_threads(1)  # threads that this process started would be missing in its forks, which wait for them
+    pairs = sorted({(cell["model"], cell["codec"]) for cell in params["cells"].values() if cell["codec"] in FULL_SIZE})
+    files = {pair: _files(data, *pair) for pair in pairs}
+    lmbda = params["lambdas"][params["mfip"]["precode"]]
+    runs = {(codec, "default", model): partial(default, *paths, lmbda) for (model, codec), paths in files.items()}
+    runs |= {(codec, "coco", "random"): partial(full_size, codec, size) if size else None for codec in FULL_SIZE}
+    memory = [
+        {"codec": codec, "weights": model, "side": side} | apart(partial(peak_memory, weights, lmbda, side))
+        for (model, codec), (_, weights) in list(files.items())[:1]
+        for side in SIDES
+    ]
+    cases = []
+    for (codec, kind, weights), call in progress(runs.items(), "benchmark", len(runs)):
+        for device in ("cpu", "cuda"):
+            case = {"codec": codec, "size": kind, "weights": weights, "plain": PLAIN[codec], "device": device}
+            cases.append(case | (apart(call) if call and device == DEVICE.type else NOT_MEASURED))
+    return {"machine": machine(), "cases": cases, "memory": memory}
+
+
+def _files(data: Path, model: str, codec: str) -> tuple[Path, Path]:
+    features, weights = data / "features" / f"{model}.h5", data / "codecs" / model / f"{codec}.pt"
+    for path, stage in ((features, f"extract@{model}"), (weights, f"train_codec@{model}-{codec}")):
+        if not path.is_file():
+            raise InputError(f"{path} is missing; run `dvc repro {stage}`")
+    return features, weights
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": [*names, platform.processor() or platform.machine()][0],
+        "cores": CORES,
+        "gpu": torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "not measured",
+        **{package: version(package) for package in ("torch", "constriction", "compressai")},
+    }
+
+
+def apart(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `call` returns. On a CPU it has a process of its own, which alone ends where memory does."""
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        (found,) = map_shards(lambda _: call(), [None])
+        return found
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, BrokenProcessPool | MemoryError) or "allocate" in str(error):
+            return {"note": "does not fit in memory"}
+        raise
+
+
+def default(features: Path, weights: Path, lmbda: float) -> dict[str, Any]:
+    """A profile's codec on the planes of the first images of `fit`."""
+    reader = Features(features, "fit")
+    pyramid = reader.pyramids(next(reader.batches()))
+    return {"threads": THREADS["default"]} | measure(load_codec(weights), pyramid, lmbda, REPETITIONS["default"])
+
+
+def full_size(codec: str, size: tuple[int, int]) -> dict[str, Any]:
+    """A full-size network with random weights on one plane of at most `size`."""
+    torch.set_num_threads(THREADS["coco"])
+    torch.manual_seed(0)
+    packing = Packing("tile", {}, {})
+    _, rows, columns = plane_shape(COCO_CHANNELS, 1, 1, packing)
+    features = torch.randn(1, COCO_CHANNELS, max(size[0] // rows, 1), max(size[1] // columns, 1))
+    config = {"codec": codec, "packing": "tile", "network": FULL_SIZE[codec], "lambda_range": (1.0, 2.0), "gains": 2}
+    built = build_codec(config).eval().to(DEVICE).to(memory_format=torch.channels_last)
+    _as_if_trained(built, pack(features[0], "0", packing)[0])
+    feature_codec = FeatureCodec(built.update(), packing, COCO_CHANNELS)
+    return {"threads": THREADS["coco"]} | measure(feature_codec, {"0": features}, 1.0, REPETITIONS["coco"])
+
+
+@torch.no_grad()
+def _as_if_trained(codec: LearnedCodec, plane: Tensor) -> None:
+    """Random weights give latents that all round to one number; let them spread as trained ones do.
+
+    The gains make the channels' standard deviations 0.1 to 1 quantiser steps, log-spaced (the small ELIC's scales at
+    q3 lie there, half of them under 0.33), and the last layers of the entropy networks get these and the channels'
+    means as biases: some 15 % of the numbers are not 0, and they use many tables.
+    """
+    net = codec.net
+    side = 4 * STRIDE
+    y = net.g_a(plane[None, :, :side, :side].to(DEVICE) - codec.centre)[0]
+    scales = torch.logspace(-1, 0, len(y))[torch.randperm(len(y))].to(DEVICE)
+    gain = scales / y.std((1, 2)).clamp(min=1e-12)
+    codec.log_gain.copy_(gain.log().expand_as(codec.log_gain))
+    codec.log_inverse.copy_(-codec.log_gain)
+    codec.thrift = 0.0  # the sender weighs bits against error, but without trained gains no weight makes sense
+    means = y.mean((1, 2)) * gain
+    if isinstance(net, Elic):
+        boards = net.latent_codec["y"]
+        last = [boards[f"y{k}"].entropy_parameters[-1] for k in range(len(net.groups))]
+        biases = [torch.cat(pair) for pair in zip(scales.split(net.groups), means.split(net.groups), strict=True)]
+    else:
+        last = [model.scale[-1] for model in net.slices] + [model.mean[-1] for model in net.slices]
+        biases = [*scales.chunk(len(net.slices)), *means.chunk(len(net.slices))]
+    for layer, bias in zip(last, biases, strict=True):
+        layer.weight.mul_(0.1)
+        layer.bias.copy_(bias)
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown: a line for each codec, size, device and question."""
+    head = ["codec", "size", "device", "", "measured", "ratio", "goal"]
+    rows = [row for case in report["cases"] for row in _rows(case)]
+    for weighed in report["memory"]:
+        plane = f"{weighed['side']} x {weighed['side']}"
+        text = weighed.get("note") or f"{weighed['peak_mib']:.0f} MiB, {weighed['before_mib']:.0f} before"
+        rows.append([weighed["codec"], plane, weighed.get("device", DEVICE.type), "peak memory of one plane", text])
+    facts = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    return f"{tabulate(rows, head, tablefmt='github', disable_numparse=True)}\n\n{facts}"
+
+
+def _rows(case: dict[str, Any]) -> list[list[str]]:
+    key = [case["codec"], case["size"], case["device"]]
+    if "note" in case:
+        return [[*key, "all", case["note"]]]
+    seconds, goal = case["seconds"], GOALS.get((case["size"], case["device"]))
+    plain = seconds["plain_compress"] + seconds["plain_decompress"]
+    speed = f"{case['samples_per_second'] / 1e6:.3f} M samples/s"
+    rows = [
+        ["compress, to network + entropy coder alone", speed, f"{case['of_limit']:.2f}", "0.9"],
+        [f"compress, to {case['plain']}", f"{seconds['encode']:.2f} s, {plain:.2f} s", f"{case['times_plain']:.2f}"],
+    ]
+    if goal:
+        rows[-1].append(str(goal))
+    for name, coding in (("", case["entropy_coding"]), (", plane by plane", case["entropy_coding_by_plane"])):
+        for way in ("encode", "decode", "both"):
+            rate = f"{coding['symbols_per_second'][way] / 1e6:.1f} M symbols/s"
+            rows.append([f"entropy coding, to compressai's: {way}{name}", rate, f"{coding['ratio'][way]:.2f}", "3"])
+        sizes = coding["bytes"], coding["compressai_bytes"]
+        text = f"{sizes[0]}, {sizes[1]} bytes"
+        rows.append([f"strings, to compressai's{name}", text, f"{sizes[0] / sizes[1]:.4f}"])
+    cores = case["all_cores"]
+    if "note" in cores:
+        rows.append(["entropy coding on all cores", cores["note"]])
+    else:
+        what = f"entropy coding by {cores['processes']} processes, to as many times one"
+        rows.append([what, f"{cores['seconds']['all']:.3f} s each", f"{cores['of_linear']:.2f}", "near 1"])
+    return [[*key, *row] for row in rows]
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m stages.benchmark", description=__doc__)
-    parser.add_argument("--coco", action="store_true", help="the paper's networks on a plane of COCO size, too")
+    parser.add_argument("--coco", action="store_true", help="the papers' networks on a plane of COCO size, too")
     parser.add_argument("--size", type=int, nargs=2, default=COCO_PLANE, metavar=("H", "W"), help="of that plane")
     run(parser, main)

@@ -1,6 +1,7 @@
 """A valid data set in COCO's layout, small enough to be broken in every way."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def write_folder(root: Path, folder: str, first_id: int, count: int) -> None:
         path = root / "annotations" / f"{kind}_{folder}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"images": images[::-1], "annotations": annotations, "categories": categories}))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny networks gain nothing from a second thread; on busy cores they wait for it at every layer."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture

@@ -82,6 +82,9 @@ BAD = [  # key, value, what the line must say beside the key
     ("codecs.elic.lambda_range", [0.2, 0.1], "lowest < highest"),
     ("codecs.elic.crop", 96, "multiple of 64"),
     ("codecs.elic.init", "", "a text or null"),
+    ("codecs.elic.entropy_steps", -1, "at least 0"),
+    ("codecs.elic.entropy_steps", MISSING, "is missing"),
+    ("codecs.elic.famly", [], "choose from packing, network"),
     ("tasks.panoptic", {"points": 8}, "one of detection"),
     ("mfip.precode", "q99", "not in lambdas"),
     ("tasks.detection.points", 0, "at least 1"),
@@ -99,6 +102,52 @@ def test_a_bad_number_is_one_line_with_its_key(key: str, value: Any, says: str) 
     with pytest.raises(InputError) as error:
         check_params(changed(key, value))
     assert key in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+
+
+FAMILY = [{"lmbda": lmbda, "weights": f"{lmbda}.pth.tar"} for lmbda in PARAMS["lambdas"].values()]
+NETWORK = {"N": 192, "M": 320, "groups": [16, 16, 32, 64, 192], "context": {"widths": [224, 128], "kernel": 5}}
+PUBLISHED = {"packing": "tile", "network": NETWORK, "family": FAMILY}  # no range of lambdas, nothing to train
+
+
+@pytest.mark.parametrize("codec", ["elic", "tcm"])
+def test_a_codec_may_be_a_family_of_published_weights(codec: str) -> None:
+    network = NETWORK if codec == "elic" else PARAMS["codecs"]["tcm"]["network"]
+    check_params(changed(f"codecs.{codec}", PUBLISHED | {"network": network}))
+    check_params(changed("codecs.elic", PUBLISHED | {"family": FAMILY[::-1]}))
+
+
+BAD_FAMILIES = [  # what is another in `codecs.elic`, what the line must say
+    ({"family": []}, "codecs.elic.family is []: it must be a list with at least one entry"),
+    ({"family": {"lmbda": 0.1, "weights": "a.pth"}}, "it must be a list with at least one entry"),
+    ({"family": None}, "codecs.elic.family is None: it must be a list"),
+    ({"family": ["a.pth"]}, "codecs.elic.family[0] is 'a.pth': it must be a mapping"),
+    ({"family": [*FAMILY, {"lmbda": 0.1, "wieghts": "a.pth"}]}, "codecs.elic.family[6].wieghts: 'a.pth'; did you mean"),
+    ({"family": [*FAMILY, {"lmbda": 0.1}]}, "codecs.elic.family[6].weights is missing"),
+    ({"family": [FAMILY[0], {"lmbda": "high", "weights": "a.pth"}]}, "codecs.elic.family[1].lmbda is 'high'"),
+    ({"family": [{"lmbda": 0, "weights": "a.pth"}]}, "codecs.elic.family[0].lmbda is 0: it must be a number above 0"),
+    ({"family": [{"lmbda": 0.1, "weights": None}]}, "codecs.elic.family[0].weights is None: it must be a text"),
+    ({"family": FAMILY[1:]}, "lambdas.q1 is 0.0008: codecs.elic.family has only [0.0016, "),
+    ({"packing": "pca"}, "codecs.elic.packing is 'pca': it must be one of tile"),
+    ({"steps": 10}, "unknown key codecs.elic.steps: 10"),
+    ({"init": None}, "unknown key codecs.elic.init: None"),
+    ({"network": NETWORK | {"M": 300}}, "must be M = 300"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), BAD_FAMILIES, ids=[says for _, says in BAD_FAMILIES])
+def test_a_bad_family_is_one_line_with_its_entry(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError) as error:
+        check_params(changed("codecs.elic", PUBLISHED | changes))
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_transform_start_needs_a_wide_tcm() -> None:
+    network = PARAMS["codecs"]["tcm"]["network"] | {"N": 24, "head_dims": [8, 8, 24]}
+    narrow = PARAMS["codecs"]["tcm"] | {"network": network}
+    with pytest.raises(InputError, match="codecs.tcm.network.N is 24: init: null needs at least 32"):
+        check_params(changed("codecs.tcm", narrow | {"init": None}))
+    check_params(changed("codecs.tcm", narrow | {"init": "narrow.pt"}))
+    check_params(changed("codecs.tcm", narrow | {"init": None, "packing": "tile"}))  # for grey planes only
 
 
 def test_coco_needs_a_folder() -> None:

@@ -93,6 +93,20 @@ def test_bits_of_uniform_are_the_bytes_in_the_files(smoke: Path) -> None:
         assert uniform.loc[point, "bits_per_image"] == pytest.approx(stored, rel=1e-12)
 
 
+def test_bits_of_uniform_are_those_of_files_that_encode_writes(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.lib.coco import image_path, load_split
+    from stages.lib.online import encode, load_cell
+
+    monkeypatch.chdir(smoke)
+    points = pd.read_csv("reports/rd_points.csv", keep_default_na=False)
+    split = load_split(Path("data/dataset/splits.json"), "test")
+    for cell in ("detection-elic", "keypoints-hevc"):
+        described = load_cell(cell)
+        files = [encode(image_path(split, i), described, phi=1).data for i in split.image_ids]
+        rows = points[(points["task"] == described.task) & (points["method"] == "uniform") & (points["point"] == 1)]
+        assert rows["bits_per_image"].item() == pytest.approx(8 * sum(map(len, files)) / len(files), rel=1e-12)
+
+
 def test_a_rerun_starts_no_stage(smoke: Path) -> None:
     assert stages_to_run(smoke) == set()
 

@@ -1,176 +1,296 @@
-"""Codecs -> how fast they code, beside what their parts alone would take and beside a plain loop with compressai.
+"""How fast a codec codes, beside what its parts alone take and beside a plain loop with compressai.
 
-    planes -> encode_scale, recorded -> calls of the network, parts for the entropy coder
-                                        `-> again, and nothing else: the limit
+    planes -> encode_scale, recorded -> calls of the network, numbers for the entropy coder
+                                        `--> again, and nothing else: the limit
 
 Every string that is coded here is decoded, and must give the sender's plane to the bit.
 """
 
 from __future__ import annotations
 
-import os
-import platform
+import copy
+import multiprocessing
+import operator
+import resource
+import statistics
+import time
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from compressai.ans import RansDecoder, RansEncoder
+from torch import Tensor, nn
 from torch.nn import functional
 
-from stages.lib.coding import FeatureCodec, build_codec, encode_scale, load_codec
+from stages.lib.ans import Decoder, Part, Tables
+from stages.lib.coding import FeatureCodec, encode_scale, load_codec
 from stages.lib.elic import Elic
-from stages.lib.features import Features
-from stages.lib.learned import STRIDE, LearnedCodec
+from stages.lib.learned import SCALE_TABLE, STRIDE, Code, Family, LearnedCodec
 from stages.lib.models import DEVICE
-from stages.lib.params import InputError
-from stages.lib.planes import Packing, pack, plane_shape
-from stages.lib.progress import progress
-from stages.lib.shards import map_shards
+from stages.lib.planes import pack
+from stages.lib.shards import WORKERS, map_shards
 
-REPETITIONS = {"default": 7, "coco": 3}
-CORES = len(os.sched_getaffinity(0))
-THREADS = {"default": 1, "coco": CORES}  # a worker of `map_shards` has one; a large plane has the machine for itself
-SIDES = (256, 512, 1024)  # of the planes whose coding is weighed
-MOST_SYMBOLS = 1_000_000
-COCO_CHANNELS = 256  # of torchvision's feature pyramids
-FULL_SIZE = {  # the papers' networks
-    "elic": {"N": 192, "M": 320, "groups": [16, 16, 32, 64, 192], "context": {"widths": [224, 128], "kernel": 5}},
-    "tcm": {"N": 64, "M": 320},
-}
-PLAIN = {  # what a codec is compared with
-    "elic": "Elic2022Official.compress and .decompress of compressai",
-    "tcm": "a loop as in the authors' code, on compressai's coder",
-}
-GOALS = {"of_limit": 0.9, "entropy": 3.0, ("default", "cpu"): 2.0, ("coco", "cuda"): 5.0}
-CLOSE = 0.005  # mean difference between planes from two orders of summation: a number in a thousand is rounded otherwise
+MOST_NUMBERS = 1_000_000  # of the entropy coder's comparison
 
-
-def benchmark(params: dict[str, Any], data: Path, coco: tuple[int, int] | None) -> dict[str, Any]:
-    """The report: `machine`, `cases` (one codec at one size each) and `memory`. `coco`: size of the large plane."""
-    torch.set_num_threads(1)  # threads that this process had would be missing in its forks
-    pairs = sorted({(c["model"], c["codec"]) for c in params["cells"].values() if c["codec"] in FULL_SIZE})
-    inputs = {pair: _inputs(data, *pair) for pair in pairs}
-    lmbda = params["lambdas"][next(iter(params["tasks"].values()))["precode"]]
-    cases: dict[tuple[str, ...], Callable[[], dict[str, Any]]] = {}
-    for (model, name), paths in inputs.items():
-        cases[name, "default", model] = partial(default_case, name, *paths, lmbda)
-    for name in FULL_SIZE if coco else ():
-        cases[name, "coco", "random weights"] = partial(coco_case, name, coco)
-    weights = [partial(peak_memory, inputs[pairs[0]][1], lmbda, side) for side in SIDES if pairs]
-    memory = [apart(weigh) for weigh in progress(weights, "memory", len(weights))]
-    measured = []
-    for case, run in progress(cases.items(), "benchmark", len(cases)):
-        for device in ("cpu", "cuda"):
-            found = apart(run) if device == DEVICE.type else {"note": "not measured"}
-            measured.append(dict(zip(("codec", "size", "weights"), case, strict=True)) | {"device": device} | found)
-    return {"machine": _machine(), "repetitions": REPETITIONS, "cases": measured, "memory": memory}
-
-
-def _inputs(data: Path, model: str, codec: str) -> tuple[Path, Path]:
-    features, weights = data / "features" / f"{model}.h5", data / "codecs" / model / f"{codec}.pt"
-    for path, stage in ((features, f"extract@{model}"), (weights, f"train_codec@{model}-{codec}")):
-        if not path.is_file():
-            raise InputError(f"{path}: is missing; run `dvc repro {stage}`")
-    return features, weights
-
-
-def _machine() -> dict[str, Any]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": (names + [platform.processor() or platform.machine()])[0],
-        "cores": CORES,
-        "gpu": torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "not measured",
-        **{package: version(package) for package in ("torch", "constriction", "compressai")},
-    }
-
-
-def apart(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `run` returns, from a process of its own (see `map_shards`), which alone ends where memory does not do."""
-    try:
-        (found,) = map_shards(lambda _: run(), [None])
-        return found
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, BrokenProcessPool | MemoryError) or "allocate" in str(error):
-            return {"note": "does not fit in memory"}
-        raise
-
-
-# ---- cases
-
-
-def default_case(name: str, features: Path, weights: Path, lmbda: float) -> dict[str, Any]:
-    """The profile's codec on the first batch of images of `fit`."""
-    reader, feature_codec = Features(features, "fit"), load_codec(weights)
-    return measure(name, "default", feature_codec, reader.pyramids(next(reader.batches())), lmbda)
-
-
-def coco_case(name: str, size: tuple[int, int]) -> dict[str, Any]:
-    """A full-size network at random weights on one plane of about this size."""
-    torch.set_num_threads(THREADS["coco"])
-    packing = Packing("tile", {}, {})
-    _, rows, columns = plane_shape(COCO_CHANNELS, 1, 1, packing)
-    torch.manual_seed(0)
-    features = torch.randn(1, COCO_CHANNELS, max(size[0] // rows, 1), max(size[1] // columns, 1))
-    config = {"codec": name, "packing": "tile", "network": FULL_SIZE[name], "lambda_range": (1.0, 2.0), "gains": 2}
-    codec = build_codec(config).eval().to(DEVICE).to(memory_format=torch.channels_last)
-    plane, _ = pack(features[0], "0", packing)
-    _as_if_trained(codec, functional.pad(plane, (0, STRIDE, 0, STRIDE), value=0.5)[:, :256, :256].to(DEVICE))
-    return measure(name, "coco", FeatureCodec(codec.update(), packing, COCO_CHANNELS), {"0": features}, 1.0)
-
-
-@torch.no_grad()
-def _as_if_trained(codec: LearnedCodec, plane: Tensor) -> None:
-    """Random weights give latents that all round to the same number. Let them spread as trained ones do.
-
-    Standard deviations of the channels, in quantiser steps: log-spaced from 0.1 to 1 (0.11 to 1 in the small ELIC at
-    q3, half of it under 0.33), which the gains bring about. The last layers of the entropy networks expect them: bias =
-    deviation and mean of the channel, so that the numbers use many tables. About a fifth of the numbers is not 0.
-    """
-    side = [n // STRIDE * STRIDE for n in plane.shape[1:]]
-    y = codec.net.g_a(plane[None, :, : side[0], : side[1]] - codec.centre)[0]
-    deviations = torch.logspace(-1, 0, len(y), device=y.device)[torch.randperm(len(y))]
-    gain = deviations / y.std((1, 2)).clamp(min=1e-12)
-    codec.log_gain.copy_(gain.log().expand_as(codec.log_gain))
-    codec.log_inverse.copy_(-codec.log_gain)
-    net, means = codec.net, y.mean((1, 2)) * gain
-    if isinstance(net, Elic):
-        boards = [net.latent_codec["y"][f"y{k}"] for k in range(len(net.groups))]
-        layers = [board.entropy_parameters[-1] for board in boards]
-        pairs = zip(deviations.split(net.groups), means.split(net.groups), strict=True)
-        biases = [torch.cat(pair) for pair in pairs]
-    else:
-        layers = [layer for model in net.slices for layer in (model.scale[-1], model.mean[-1])]
-        parts = zip(deviations.chunk(len(net.slices)), means.chunk(len(net.slices)), strict=True)
-        biases = [bias for pair in parts for bias in pair]
-    for layer, bias in zip(layers, biases, strict=True):
-        layer.weight.mul_(0.1)
-        layer.bias.copy_(bias)
+Run = Callable[[], Any]
 
 
 @torch.inference_mode()
-def measure(
-    name: str, size: str, feature_codec: FeatureCodec, pyramid: dict[str, Tensor], lmbda: float
-) -> dict[str, Any]:
-    """One codec on the planes of feature maps, scale -> [N, C, H, W]; all times are of all these planes."""
-    codec, packing, _ = feature_codec
-    level, repetitions = codec.level(lmbda), REPETITIONS[size]
-    stacks = [torch.stack([pack(f, scale, packing)[0] for f in maps]) for scale, maps in pyramid.items()]
+def measure(feature_codec: FeatureCodec, pyramid: dict[str, Tensor], lmbda: float, repetitions: int) -> dict[str, Any]:
+    """One codec on the planes of feature maps, scale -> [N, C, H, W]; `seconds` are those of all the planes."""
+    codec, level = feature_codec.codec, feature_codec.codec.level(lmbda)
 
     def encode() -> list[bytes]:
-        maps = pyramid.items()
-        return [record.data for scale, f in maps for record in encode_scale(f, scale, level, feature_codec)]
+        return [r.data for scale, maps in pyramid.items() for r in encode_scale(maps, scale, level, feature_codec)]
+
+    records, peak_mib = encode(), _peak_mib()
+    stacks = [torch.stack([pack(f, s, feature_codec.packing)[0] for f in maps]) for s, maps in pyramid.items()]
+    one, its_level = (codec.members[level], 0) if isinstance(codec, Family) else (codec, level)
+    calls, coded = record(one, lambda: [codec.encode(stack.to(DEVICE), level) for stack in stacks])
+    planes = [c.plane for of_stack in coded for c in of_stack]
+    _same("string", bytes.__contains__, records, [c.string for of_stack in coded for c in of_stack])
 
     def decode() -> list[Tensor]:
-        return [codec.decode(strings, level, tuple(stack.shape[1:])) for strings, stack in zip(coded_strings, stacks)]
+        stacks = [([c.string for c in of_stack], tuple(of_stack[0].plane.shape)) for of_stack in coded]
+        return [plane for strings, shape in stacks for plane in codec.decode(strings, level, shape)]
 
-    records, peak = encode(), _peak_mib()
-    calls, coded = record(codec, stacks, level)
-    ...
+    net, inputs = plain_network(one, its_level), [_padded(plane, one.centre) for stack in stacks for plane in stack]
+    plain = [plain_compress(net, x) for x in inputs]
+    seconds = timings(
+        {
+            "encode": (encode, partial(_same, "record", operator.eq, records)),
+            "decode": (decode, partial(_same, "plane", torch.equal, planes)),
+            "network": (lambda: [call() for call in calls.network], None),
+            "coder": (lambda: [one._tables.encode(parts) for parts in calls.coder], None),
+            "plain_compress": (lambda: [plain_compress(net, x) for x in inputs], None),
+            "plain_decompress": (lambda: [decompress() for decompress in plain], None),
+        },
+        repetitions,
+    )
+    samples, (numbers, tables) = sum(plane.numel() for plane in planes), _joined(sum(calls.coder, []))
+    many, rans = [Part(numbers[:MOST_NUMBERS], tables[:MOST_NUMBERS])], Rans(net)
+    return {
+        "repetitions": repetitions,
+        "planes": len(planes),
+        "samples": samples,
+        "symbols": len(numbers),
+        "nonzero": float(np.mean(numbers != 0)),
+        "peak_mib": peak_mib,
+        "seconds": seconds,
+        "samples_per_second": samples / seconds["encode"],
+        "of_limit": (seconds["network"] + seconds["coder"]) / seconds["encode"],
+        "times_plain": (seconds["plain_compress"] + seconds["plain_decompress"]) / seconds["encode"],
+        "entropy_coding": entropy_coding(one._tables, rans, [many], repetitions),
+        "entropy_coding_by_plane": entropy_coding(one._tables, rans, calls.coder, repetitions),
+        "all_cores": all_cores(one._tables, many, repetitions) if WORKERS else {"note": "not measured"},
+    }
+
+
+def entropy_coding(tables: Tables, rans: Rans, strings: list[list[Part]], repetitions: int) -> dict[str, Any]:
+    """The parts of strings through our coder and compressai's, on one core. `ratio`: how many times as fast ours is."""
+    ours, theirs = [tables.encode(parts)[0] for parts in strings], [rans.encode(parts) for parts in strings]
+    numbers = [_joined(parts)[0] for parts in strings]
+    check = partial(_same, "string's list of numbers", np.array_equal, numbers)
+    runs = {
+        "encode": (lambda: [tables.encode(parts) for parts in strings], None),
+        "decode": (lambda: [_read(tables, *pair) for pair in zip(ours, strings, strict=True)], check),
+        "compressai_encode": (lambda: [rans.encode(parts) for parts in strings], None),
+        "compressai_decode": (lambda: [rans.decode(*pair) for pair in zip(theirs, strings, strict=True)], check),
+    }
+    seconds, symbols = timings(runs, repetitions), sum(map(len, numbers))
+    for coder in ("", "compressai_"):
+        seconds[f"{coder}both"] = seconds[f"{coder}encode"] + seconds[f"{coder}decode"]
+    return {
+        "symbols": symbols,
+        "strings": len(strings),
+        "bytes": sum(map(len, ours)),
+        "compressai_bytes": sum(map(len, theirs)),
+        "seconds": seconds,
+        "symbols_per_second": {name: symbols / value for name, value in seconds.items()},
+        "ratio": {name: seconds[f"compressai_{name}"] / seconds[name] for name in ("encode", "decode", "both")},
+    }
+
+
+def all_cores(tables: Tables, parts: list[Part], repetitions: int) -> dict[str, Any]:
+    """Encoding and decoding by one process, then by one on every core at a time, each a copy."""
+
+    def median(begin: Run) -> float:
+        runs = {"both": (lambda: _read(tables, tables.encode(parts)[0], parts), lambda _: begin())}
+        begin()  # all of them; and again after each repetition, when the slowest is done
+        return timings(runs, repetitions)["both"]
+
+    barrier = multiprocessing.get_context("fork").Barrier(WORKERS)
+    together = map_shards(lambda _: median(barrier.wait), range(WORKERS))
+    seconds = {"one": median(lambda: None), "all": max(together)}
+    return {"processes": WORKERS, "seconds": seconds, "of_linear": seconds["one"] / seconds["all"]}
+
+
+@torch.inference_mode()
+def peak_memory(weights: Path, lmbda: float, side: int) -> dict[str, Any]:
+    """MiB of a process that codes one square plane, and of the same process before."""
+    codec, packing, _ = load_codec(weights)
+    noise = torch.randn(1, packing.plane_channels, side, side, generator=torch.Generator().manual_seed(0))
+    planes, level, before_mib = (0.5 + 0.1 * noise).to(DEVICE), codec.level(lmbda), _peak_mib()
+    (coded,), peak_mib = codec.encode(planes, level), _peak_mib()
+    _same("plane", torch.equal, [coded.plane], list(codec.decode([coded.string], level, tuple(coded.plane.shape))))
+    return {"device": DEVICE.type, "before_mib": before_mib, "peak_mib": peak_mib}
+
+
+def timings(runs: dict[str, tuple[Run, Callable | None]], repetitions: int) -> dict[str, float]:
+    """Runs and what checks their results -> median seconds. They take turns: a slow minute is one for all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repetitions):
+        for name, (run, check) in runs.items():
+            _finish()
+            start = time.perf_counter()
+            found = run()
+            _finish()
+            seconds[name].append(time.perf_counter() - start)
+            if check:
+                check(found)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# ---- what a codec asks of its parts
+
+
+class Calls(NamedTuple):
+    network: list[Run]  # the same calls, with the same arguments
+    coder: list[list[Part]]  # of each string
+
+
+def record(codec: LearnedCodec, run: Run) -> tuple[Calls, Any]:
+    """The calls that `run` makes of the codec's network and entropy coder, and its result."""
+    net, transforms, tables, calls = codec.net, codec._transforms, codec._tables, Calls([], [])
+
+    def kept(part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: calls.network.append(partial(part, x)) or part(x)
+
+    def walk(side: Tensor, y: Tensor, code: Code) -> Tensor:
+        coded: list[Tensor] = []
+
+        def again() -> Tensor:
+            parts = iter(coded)
+            return net.walk(side, y, lambda *_: next(parts))
+
+        calls.network.append(again)
+        return net.walk(side, y, lambda *part: coded.append(code(*part)) or coded[-1])
+
+    models = {name: getattr(net, name) for name in ("entropy_bottleneck", "gaussian_conditional")}
+    hyper = {name: kept(getattr(net, name)) for name in ("h_a", "h_s")}
+    vars(codec)["net"] = SimpleNamespace(walk=walk, **models, **hyper)  # is found before the sub-module
+    codec._transforms = tuple(map(kept, transforms))
+    codec._tables = SimpleNamespace(encode=lambda parts: calls.coder.append(parts) or tables.encode(parts))
+    try:
+        return calls, run()
+    finally:
+        del vars(codec)["net"]
+        codec._transforms, codec._tables = transforms, tables
+
+
+# ---- the same with compressai
+
+
+def plain_network(codec: LearnedCodec, level: int) -> nn.Module:
+    """The network with gain and centre inside, in plain memory layout, and compressai's tables."""
+    net = copy.deepcopy(codec.net).to(memory_format=torch.contiguous_format)
+    gain, inverse = (codec._at(table, codec._position_of(level)) for table in (codec.log_gain, codec.log_inverse))
+    net.g_a.register_forward_pre_hook(lambda _, x: x[0] - codec.centre)
+    net.g_a.register_forward_hook(lambda *call: call[-1] * gain)
+    net.g_s.register_forward_pre_hook(lambda _, y_hat: y_hat[0] * inverse)
+    net.g_s.register_forward_hook(lambda *call: call[-1] + codec.centre)
+    net.update(SCALE_TABLE, force=True)
+    return net
+
+
+def plain_compress(net: nn.Module, x: Tensor) -> Run:
+    """Padded plane [1, c, H, W] -> what decompresses it. ELIC: compressai's own; LIC-TCM: as its authors wrote it.
+
+    Numbers are rounded to the nearest; what a sender may do beyond that is the project's own.
+    """
+    if isinstance(net, Elic):
+        coded = net.compress(x)
+        return lambda: net.decompress(coded["strings"], coded["shape"])["x_hat"]
+    gaussian, symbols, indexes = net.gaussian_conditional, [], []
+    models = gaussian.quantized_cdf.tolist(), gaussian.cdf_length.tolist(), gaussian.offset.tolist()
+    y = net.g_a(x)
+    z = net.h_a(y)
+    z_strings, size = net.entropy_bottleneck.compress(z), z.shape[2:]
+
+    def send(part: Tensor, _: slice, scales: Tensor, means: Tensor) -> Tensor:
+        numbers = gaussian.quantize(part, "symbols", means)
+        symbols.extend(numbers.flatten().tolist())
+        indexes.extend(gaussian.build_indexes(scales).flatten().tolist())
+        return numbers + means
+
+    net.walk(net.h_s(net.entropy_bottleneck.decompress(z_strings, size)), y, send)
+    string = RansEncoder().encode_with_indexes(symbols, indexes, *models)
+
+    def decompress() -> Tensor:
+        decoder = RansDecoder()
+        decoder.set_stream(string)
+
+        def receive(part: Tensor, _: slice, scales: Tensor, means: Tensor) -> Tensor:
+            numbers = decoder.decode_stream(gaussian.build_indexes(scales).flatten().tolist(), *models)
+            return torch.tensor(numbers, dtype=part.dtype, device=part.device).view(part.shape) + means
+
+        side = net.h_s(net.entropy_bottleneck.decompress(z_strings, size))
+        return net.g_s(net.walk(side, torch.zeros_like(y), receive)).clamp(0, 1)
+
+    return decompress
+
+
+class Rans:
+    """compressai's coder on the tables of a network, numbered as in `learned`: Gaussians, then channels of z."""
+
+    def __init__(self, net: nn.Module):
+        models, names = (net.gaussian_conditional, net.entropy_bottleneck), ("quantized_cdf", "cdf_length", "offset")
+        self.models = [[row for model in models for row in getattr(model, name).tolist()] for name in names]
+
+    def encode(self, parts: list[Part]) -> bytes:
+        numbers, tables = _joined(parts)
+        return RansEncoder().encode_with_indexes(numbers.tolist(), tables.tolist(), *self.models)
+
+    def decode(self, string: bytes, parts: list[Part]) -> np.ndarray:
+        tables = _joined(parts)[1].tolist()
+        return np.array(RansDecoder().decode_with_indexes(string, tables, *self.models), dtype=np.int32)
+
+
+# ---- small parts
+
+
+def _joined(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([part.numbers for part in parts]), np.concatenate([part.tables for part in parts])
+
+
+def _read(tables: Tables, string: bytes, parts: list[Part]) -> np.ndarray:
+    decoder = Decoder(tables, string)
+    numbers = np.concatenate([decoder.read(part.tables) for part in parts])
+    decoder.close()
+    return numbers
+
+
+def _padded(plane: Tensor, value: float) -> Tensor:
+    """[c, H, W] -> [1, c, H, W] on DEVICE, H and W multiples of 64."""
+    height, width = plane.shape[1:]
+    return functional.pad(plane[None].to(DEVICE), (0, -width % STRIDE, 0, -height % STRIDE), value=value)
+
+
+def _same(what: str, equal: Callable[[Any, Any], bool], wanted: list, found: list) -> None:
+    if not all(map(equal, wanted, found)):
+        raise ValueError(f"a {what} is another the second time: the codec is broken on this machine; run the tests")
+
+
+def _finish() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_mib() -> float:
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB

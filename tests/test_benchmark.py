@@ -1,0 +1,240 @@
+"""The benchmark measures what it says, checks what was coded, and its ratios follow from its times. No times here."""
+
+import math
+import os
+import runpy
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytest import approx
+
+from stages import benchmark as stage
+from stages.benchmark import apart, benchmark, table
+from stages.lib import benchmarking, learned
+from stages.lib.benchmarking import measure, plain_compress, plain_network, record
+from stages.lib.coding import FeatureCodec, build_codec, load_codec, pyramid_shapes, save_codec
+from stages.lib.features import write_features
+from stages.lib.learned import LearnedCodec
+from stages.lib.models import DEVICE, Sizes
+from stages.lib.params import SCALES, InputError
+from stages.lib.planes import Packing
+from stages.lib.shards import WORKERS
+
+CHANNELS = 5
+TINY = {
+    "elic": {"N": 16, "M": 32, "groups": [8, 24], "context": {"widths": [8, 8], "kernel": 3}},
+    "tcm": {
+        "N": 8,
+        "M": 32,
+        "slices": 2,
+        "head_dims": [4, 4, 8],
+        "window": 4,
+        "blocks": 1,
+        "hyper_channels": 8,
+        "context_widths": [16, 8, 8],
+    },
+}
+PARAMS = {
+    "lambdas": {"q1": 0.001, "q2": 0.02},
+    "mfip": {"precode": "q2"},
+    "cells": {codec: {"task": "detection", "model": "tiny", "codec": codec} for codec in (*TINY, "hevc")},
+}
+PARTS = ("encode", "decode", "network", "coder", "plain_compress", "plain_decompress")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A profile's folder `data` with features of two images and a codec of each kind, with random weights."""
+    folder = tmp_path_factory.mktemp("data")
+    torch.manual_seed(0)
+    sizes, items = Sizes((64, 64), (64, 64), (64, 64)), []
+    for image_id in (1, 2):
+        shapes = pyramid_shapes(sizes.padded)
+        items.append(("fit", image_id, {s: torch.randn(1, CHANNELS, *shapes[s]) for s in SCALES}, sizes))
+    (folder / "features").mkdir()
+    write_features(folder / "features" / "tiny.h5", items, "float32")
+    packing = Packing("pca", {s: torch.eye(CHANNELS) for s in SCALES}, {s: torch.zeros(CHANNELS) for s in SCALES})
+    for name, network in TINY.items():
+        config = {"codec": name, "network": network, "packing": "pca", "lambda_range": [1e-4, 0.05], "gains": 3}
+        save_codec(folder / "codecs/tiny" / f"{name}.pt", FeatureCodec(build_codec(config), packing, CHANNELS), config)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the command, and so that forks of this process do not wait for threads that they lack."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def report(data) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "FULL_SIZE", TINY)
+        patch.setattr(stage, "REPETITIONS", {"default": 2, "coco": 1})
+        patch.setattr(stage, "THREADS", {"default": 1, "coco": 1})
+        patch.setattr(stage, "SIDES", (64, 128))
+        return benchmark(PARAMS, data, (200, 180))
+
+
+@pytest.fixture
+def elic(data) -> FeatureCodec:
+    return load_codec(data / "codecs/tiny/elic.pt")
+
+
+def numbers(value) -> list[float]:
+    if isinstance(value, dict):
+        return [n for inner in value.values() for n in numbers(inner)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_every_codec_is_measured_at_both_sizes_on_this_device_alone(report):
+    cases = {(case["codec"], case["size"], case["device"]): case for case in report["cases"]}
+    assert set(cases) == {(c, s, d) for c in TINY for s in ("default", "coco") for d in ("cpu", "cuda")}
+    for (_, _, device), case in cases.items():
+        assert ("note" in case) == (device != DEVICE.type)
+    assert [(weighed["codec"], weighed["side"]) for weighed in report["memory"]] == [("elic", 64), ("elic", 128)]
+
+
+def test_every_number_is_finite_and_positive(report):
+    for entry in [*report["cases"], *report["memory"]]:
+        assert all(math.isfinite(n) and n > 0 for n in numbers(entry))
+    assert set(report["machine"]) == {"processor", "cores", "gpu", "torch", "constriction", "compressai"}
+
+
+def test_ratios_follow_from_the_times(report):
+    for case in (case for case in report["cases"] if "note" not in case):
+        seconds = case["seconds"]
+        assert tuple(seconds) == PARTS
+        assert case["samples_per_second"] == approx(case["samples"] / seconds["encode"])
+        assert case["of_limit"] == approx((seconds["network"] + seconds["coder"]) / seconds["encode"])
+        plain = seconds["plain_compress"] + seconds["plain_decompress"]
+        assert case["times_plain"] == approx(plain / seconds["encode"])
+        for coding in (case["entropy_coding"], case["entropy_coding_by_plane"]):
+            times, ratio = coding["seconds"], coding["ratio"]
+            assert ratio["encode"] == approx(times["compressai_encode"] / times["encode"])
+            assert times["both"] == approx(times["encode"] + times["decode"])
+            assert ratio["both"] == approx(times["compressai_both"] / times["both"])
+            assert coding["symbols_per_second"]["decode"] == approx(coding["symbols"] / times["decode"])
+        if WORKERS:
+            cores = case["all_cores"]
+            assert cores["of_linear"] == approx(cores["seconds"]["one"] / cores["seconds"]["all"])
+
+
+def test_samples_and_strings_are_those_of_all_planes(report):
+    default, coco = (case for case in report["cases"] if case["codec"] == "elic" and "note" not in case)
+    areas = [height * width for height, width in pyramid_shapes((64, 64)).values()]
+    assert default["samples"] == 2 * sum(areas) * 6  # five channels in a grid of 2 x 3 tiles
+    assert default["entropy_coding_by_plane"]["strings"] == default["planes"] == 2 * len(SCALES)
+    assert coco["samples"] == 3 * 200 * 180  # 256 channels in tiles of three, 10 x 9 of them
+    assert coco["planes"] == 1
+
+
+def test_random_full_size_networks_code_numbers_as_trained_ones_do(report):
+    for case in (case for case in report["cases"] if case["size"] == "coco" and "note" not in case):
+        assert 0.08 < case["nonzero"] < 0.4
+
+
+def test_the_table_has_a_line_for_every_question(report):
+    lines = table(report).splitlines()
+    for name in TINY:
+        for what in ("network + entropy coder alone", stage.PLAIN[name], "encode", "decode", "both", "strings"):
+            assert sum(what in line and f"| {name} " in line for line in lines) >= 2, (name, what)
+    assert sum("not measured" in line for line in lines) >= 4
+    assert sum("peak memory" in line for line in lines) == 2
+    one = {**report, "cases": [{**report["cases"][0], "note": "does not fit in memory"}]}
+    assert "does not fit in memory" in table(one)
+
+
+def test_recorded_calls_are_the_coding_again(elic):
+    """The limit is honest only if it is all of the network's and the coder's work, with the same result."""
+    planes = torch.rand(2, 1, 64, 96, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    calls, coded = record(elic.codec, lambda: elic.codec.encode(planes, 90))
+    assert [elic.codec._tables.encode(parts)[0] for parts in calls.coder] == [c.string for c in coded]
+    assert len(calls.network) == 2 * len(("g_a", "h_a", "h_s", "walk", "g_s"))
+    with torch.inference_mode():
+        *_, y_hat, x_hat = [call() for call in calls.network[:5]]
+    assert torch.equal(x_hat[0, :, :64, :96].float() + elic.codec.centre, coded[0].plane)
+    assert y_hat.shape == (1, 32, 4, 8)
+    again = elic.codec.encode(planes, 90)  # nothing of the recording is left
+    assert [c.string for c in again] == [c.string for c in coded] and len(calls.coder) == 2
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_plain_loop_codes_the_same_planes(name, data, monkeypatch):
+    """It does the same work, but for the type of the transforms and the sender's thrift."""
+    monkeypatch.setattr(learned, "TRANSFORM_TYPE", torch.float32)
+    codec, planes = load_codec(data / f"codecs/tiny/{name}.pt").codec, torch.rand(1, 1, 64, 128).to(DEVICE)
+    codec.thrift = 0.0
+    codec.log_gain.data += 3  # numbers that are not all 0
+    with torch.inference_mode():
+        (coded,) = codec.encode(planes, 90)
+        plane = plain_compress(plain_network(codec, 90), planes)()[0]
+    assert (plane - coded.plane.clamp(0, 1)).abs().mean() < 1e-4
+    assert (codec.decode([coded.string], 90, (1, 64, 128))[0] - 0.5).abs().max() > 1e-2
+
+
+def test_another_plane_at_the_receiver_raises(elic, monkeypatch):
+    right = LearnedCodec.decode
+    monkeypatch.setattr(LearnedCodec, "decode", lambda *args: right(*args).nextafter(torch.tensor(torch.inf)))
+    with pytest.raises(ValueError, match="plane is another the second time"):
+        apart(lambda: measure(elic, {"0": torch.randn(1, CHANNELS, 16, 16)}, 0.01, 1))
+
+
+def test_another_string_the_second_time_raises(elic, monkeypatch):
+    right, turns = LearnedCodec.encode, iter(range(100))
+    monkeypatch.setattr(LearnedCodec, "encode", lambda self, x, level: right(self, x, level + next(turns)))
+    with pytest.raises(ValueError, match="string is another the second time"):
+        measure(elic, {"0": torch.randn(1, CHANNELS, 16, 16)}, 0.01, 1)
+
+
+def test_other_numbers_from_an_entropy_decoder_raise(elic, monkeypatch):
+    right = benchmarking.Rans.decode
+    monkeypatch.setattr(benchmarking.Rans, "decode", lambda *args: right(*args) + 1)
+    with pytest.raises(ValueError, match="numbers is another the second time"):
+        measure(elic, {"0": torch.randn(1, CHANNELS, 16, 16)}, 0.01, 1)
+
+
+@pytest.mark.skipif(not WORKERS, reason="on a GPU the work has no process of its own")
+def test_only_memory_that_ran_out_becomes_a_note():
+    def fails(error: Exception):
+        def run():
+            raise error
+
+        return run
+
+    def is_killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    note = {"note": "does not fit in memory"}
+    assert apart(is_killed) == note
+    assert apart(fails(MemoryError())) == note
+    assert apart(fails(RuntimeError("DefaultCPUAllocator: can't allocate memory"))) == note
+    with pytest.raises(RuntimeError, match="shapes"):
+        apart(fails(RuntimeError("shapes do not match")))
+
+
+@pytest.mark.parametrize(("lost", "remedy"), [("features", "extract@tiny"), ("codecs", "train_codec@tiny-elic")])
+def test_missing_files_are_named_with_the_stage_that_makes_them(data, tmp_path, lost, remedy):
+    shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / lost)
+    with pytest.raises(InputError, match=rf"{lost}/.* is missing; run `dvc repro {remedy}`"):
+        benchmark(PARAMS, tmp_path / "data", None)
+
+
+def test_the_command_says_in_one_line_what_is_missing(tmp_path, monkeypatch, capsys):
+    shutil.copy(Path(__file__).parent.parent / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    monkeypatch.delitem(sys.modules, "stages.benchmark")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("stages.benchmark", run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines() == ["data/features/small.h5 is missing; run `dvc repro extract@small`"]
+    assert not (tmp_path / "reports").exists()

@@ -1,0 +1,271 @@
+"""Whatever a network predicts and whatever arrives: both sides do the same, or the receiver says that it cannot."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from compressai.entropy_models import GaussianConditional
+from constriction import stream
+from pytest import approx
+from torch import Tensor
+from torch.nn import functional
+
+from stages.lib import learned
+from stages.lib.ans import LIMIT, Tables, gaussians
+from stages.lib.elic import Elic
+from stages.lib.learned import SCALE_LIMITS, SCALE_TABLE, LearnedCodec, packet
+from stages.lib.params import InputError
+from stages.lib.tcm import LicTcm
+
+M = 32
+NETWORKS = {
+    "elic": lambda: Elic(1, 16, M, [8, 24], {"widths": [8, 8], "kernel": 3}),
+    "tcm": lambda: LicTcm(1, 8, M, 4, (4, 4, 8), window=4, blocks=1, hyper_channels=8, context_widths=(16, 8, 8)),
+}
+
+
+def tiny(network: str) -> LearnedCodec:
+    torch.manual_seed(0)
+    return LearnedCodec(NETWORKS[network](), M, (1e-4, 0.05), 4).eval().update()
+
+
+def planes(n: int, *shape: int, seed: int = 7) -> Tensor:
+    return torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_scales(codec: LearnedCodec, value: Callable[[int], Tensor]) -> LearnedCodec:
+    """The networks ask for the scales value(channels), whatever they see."""
+    if isinstance(codec.net, Elic):
+        last = [board.entropy_parameters[-1] for board in codec.net.latent_codec["y"].latent_codec.values()]
+    else:
+        last = [model.scale[-1] for model in codec.net.slices]
+    for layer in last:
+        channels = len(layer.bias) // (2 if isinstance(codec.net, Elic) else 1)  # of ELIC's the means come after
+        with torch.no_grad():
+            layer.weight[:channels] = 0
+            layer.bias[:channels] = value(channels)
+    return codec
+
+
+@pytest.fixture
+def parts(monkeypatch) -> list:
+    """The parts of every string that is written while the test runs."""
+    seen, encode = [], Tables.encode
+
+    def record(tables: Tables, parts: list):
+        seen.append(parts)
+        return encode(tables, parts)
+
+    monkeypatch.setattr(Tables, "encode", record)
+    return seen
+
+
+# ---- transform start
+
+
+def orthonormal(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.linalg.qr(torch.randn(256, 256, generator=generator)).Q[:count].view(-1, 16, 16)
+
+
+@pytest.mark.parametrize("count", [1, 64, 100, 256])
+def test_the_levels_of_a_packet_are_orthonormal_and_lead_to_its_basis(count):
+    levels = packet(orthonormal(count))
+    assert [tuple(level.shape) for level in levels] == [(4, 1, 2, 2), (16, 4, 2, 2), (64, 16, 2, 2), (count, 64, 2, 2)]
+    for level in levels:
+        rows = level.flatten(1)
+        assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-5)
+    x = planes(2, 1, 48, 64)
+    expected = orthonormal(count).flatten(1) @ functional.unfold(x, 16, stride=16)
+    y = x
+    for level in levels:
+        y = functional.conv2d(y, level, stride=2)
+    assert torch.allclose(y.flatten(2), expected, atol=1e-5)
+    if count == 256:
+        for level in reversed(levels):
+            y = functional.conv_transpose2d(y, level, stride=2)
+        assert torch.allclose(y, x, atol=1e-5)
+
+
+def test_the_first_levels_of_a_packet_are_those_of_haar():
+    (first, second, third, _), x = packet(orthonormal(256)), planes(1, 1, 16, 16)
+    y = functional.conv2d(x, first, stride=2)
+    a, b, c, d = x[0, 0, ::2, ::2], x[0, 0, ::2, 1::2], x[0, 0, 1::2, ::2], x[0, 0, 1::2, 1::2]
+    expected = torch.stack([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d]) / 2
+    assert torch.allclose(y[0], expected, atol=1e-6)
+    y = functional.conv2d(functional.conv2d(y, second, stride=2), third, stride=2)
+    assert torch.allclose(y[:, :1], 8 * functional.avg_pool2d(x, 8), atol=1e-5)  # no band is lower than the first
+
+
+# ---- numbers and scales at their ends
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_numbers_beyond_the_limit_are_clipped_alike_at_both_sides(network, parts):
+    codec, x = tiny(network), planes(1, 1, 40, 72)
+    with torch.no_grad():
+        codec.log_gain += 15
+    (coded,) = codec.encode(x, 255)
+    z, *y = [part.numbers for part in parts[0]]
+    assert {LIMIT, -LIMIT} <= set(z.tolist()) and {LIMIT, -LIMIT} <= set(np.concatenate(y).tolist())
+    assert max(np.abs(numbers).max() for numbers in (z, *y)) == LIMIT
+    assert torch.equal(codec.decode([coded.string], 255, (1, 40, 72))[0], coded.plane)
+    assert np.isfinite(coded.estimated_bits) and torch.isfinite(coded.plane).all()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("scale", [-3.0, 0.0, 1e-9, 0.11, 64.0, 64.1, 1e6, torch.inf])
+def test_scales_beyond_the_tables_ends_are_coded(network, scale, parts):
+    codec, x = with_scales(tiny(network), lambda n: torch.full((n,), scale)), planes(1, 1, 40, 72)
+    (coded,) = codec.encode(x, 255)
+    tables = {int(table) for part in parts[0][1:] for table in part.tables}
+    assert tables == {0 if scale <= 0.11 else len(SCALE_TABLE) - 1}
+    assert torch.equal(codec.decode([coded.string], 255, (1, 40, 72))[0], coded.plane)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_number_is_coded_with_the_table_of_the_nearest_scale(network, parts):
+    wanted = torch.tensor([0.1, 0.12, 1.0, 5.0, 30.0, 61.0, 70.0, 0.5])
+    codec = with_scales(tiny(network), lambda n: wanted.repeat(n // 8))
+    codec.encode(planes(1, 1, 64, 64), 128)
+    expected = (wanted.log()[:, None] - SCALE_TABLE.log()).abs().argmin(1).tolist()
+    positions = 8 if network == "elic" else 16  # of 4 x 4; ELIC codes the two colours of a checkerboard in turn
+    for part in parts[0][1:]:
+        tables = part.tables.reshape(-1, positions)
+        assert tables.tolist() == [[table] * positions for table in expected] * (len(tables) // 8)
+
+
+def test_the_scale_table_covers_what_the_gaussians_can_ask_for():
+    bound = GaussianConditional(None).lower_bound_scale.bound.item()
+    assert SCALE_TABLE[0].item() == approx(bound)
+    # Halfway to the next scale, where a table fits worst, it costs next to nothing more than the right one would.
+    right = gaussians(SCALE_LIMITS.double().numpy())
+    for scales in (SCALE_TABLE[:-1], SCALE_TABLE[1:]):
+        table = gaussians(scales.double().numpy())
+        excess = np.where(right > 1e-20, right * np.log2(right.clip(1e-20) / table.clip(1e-20)), 0).sum(1)
+        assert excess.max() < 0.005
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_hyper_latents_tables_are_the_entropy_bottlenecks(network):
+    """Of each channel its own, around its own median."""
+    codec = tiny(network)
+    bottleneck = codec.net.entropy_bottleneck
+    with torch.no_grad():
+        bottleneck.quantiles[:, 0, 1] = torch.linspace(-3, 3, len(bottleneck.quantiles))
+        offsets = torch.arange(-5.0, 6)
+        _, likelihood = codec.update().net.entropy_bottleneck(codec._medians + offsets, training=False)  # [1, Z, 1, 11]
+    for channel in (0, len(bottleneck.quantiles) - 1):
+        model = codec._tables.models[len(SCALE_TABLE) + channel]
+        costs = []
+        for number in offsets.int().tolist():
+            coder = stream.stack.AnsCoder()
+            coder.encode_reverse(np.full(5000, number + LIMIT, dtype=np.int32), model)
+            costs.append(coder.num_valid_bits() / 5000)
+        assert costs == approx((-likelihood[0, channel, 0].log2()).tolist(), abs=0.01)
+
+
+# ---- the sender's decisions
+
+
+@pytest.mark.parametrize("thrift", [0.0, 0.5, 2.0])
+def test_a_number_is_the_cheaper_of_the_nearest_and_the_next_towards_0(thrift):
+    codec = tiny("elic")
+    codec.thrift = thrift
+    exact = torch.cat([torch.linspace(-9, 9, 400), torch.tensor([0.0, 600.3, -511.4, 510.6, 1e6])]).view(1, 1, 1, -1)
+    for table, price in ((0, 3.0), (20, 0.1), (20, 3.0), (63, 0.5)):
+        chosen = codec._worth_sending(exact, torch.full(exact.shape, table), torch.full((1, 1, 1, 1), price))
+        bits = -np.log2(np.maximum(gaussians(SCALE_TABLE[table : table + 1].numpy())[0], 2.0**-24))
+        for x, number in zip(exact.flatten().tolist(), chosen.flatten().tolist(), strict=True):
+            nearest = min(max(round(x), -LIMIT), LIMIT)
+            less = nearest - (nearest > 0) + (nearest < 0)
+            cost = {n: thrift * bits[n + LIMIT] + price * (n - x) ** 2 for n in (nearest, less)}
+            assert cost[number] <= min(cost.values()) * (1 + 1e-5) + 1e-6
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_receiver_does_not_know_the_senders_thrift(network):
+    codec, receiver = tiny(network), tiny(network)
+    receiver.thrift = 7.0
+    for thrift in (0.0, 0.5, 4.0):
+        codec.thrift = thrift
+        (coded,) = codec.encode(planes(1, 1, 40, 72), 200)
+        assert torch.equal(receiver.decode([coded.string], 200, (1, 40, 72))[0], coded.plane)
+
+
+# ---- types of numbers
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("shape", [(1, 40, 72), (1, 1, 1), (1, 130, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_sides_agree_to_the_bit_whatever_the_transforms_compute_in(network, shape, dtype, monkeypatch):
+    monkeypatch.setattr(learned, "TRANSFORM_TYPE", dtype)
+    codec, x = tiny(network), planes(2, *shape)
+    coded = codec.encode(x, 200)
+    assert torch.equal(codec.decode([c.string for c in coded], 200, shape), torch.stack([c.plane for c in coded]))
+    assert all(c.plane.dtype == torch.float32 for c in coded)
+    assert all(value.dtype != torch.bfloat16 for value in codec.state_dict().values())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("sender", [torch.float32, torch.bfloat16])
+def test_a_receiver_of_another_type_reads_the_same_numbers(network, sender, monkeypatch):
+    codecs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(learned, "TRANSFORM_TYPE", dtype)
+        codecs[dtype] = tiny(network)
+    monkeypatch.setattr(learned, "TRANSFORM_TYPE", sender)
+    (coded,) = codecs.pop(sender).encode(planes(1, 1, 40, 72), 200)
+    (other, receiver), *_ = codecs.items()
+    monkeypatch.setattr(learned, "TRANSFORM_TYPE", other)
+    (received,) = receiver.decode([coded.string], 200, (1, 40, 72))  # refused if a number had another table
+    assert (received - coded.plane).abs().max() < 0.02
+
+
+# ---- damage
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def sent(request) -> tuple[LearnedCodec, bytes]:
+    """A codec whose scales are as wide as its numbers, as of trained ones, and the string of a plane of 40 x 72."""
+    codec = with_scales(tiny(request.param), lambda n: torch.full((n,), 8.0))
+    return codec, codec.encode(planes(1, 1, 40, 72), 255)[0].string
+
+
+def refused(codec: LearnedCodec, string: bytes, shape: tuple[int, int, int] = (1, 40, 72)) -> bool:
+    try:
+        codec.decode([string], 255, shape)
+    except InputError as error:
+        assert "code it again" in str(error)
+        return True
+    return False
+
+
+def test_damaged_strings_are_refused(sent):
+    (codec, string), rng = sent, random.Random(0)
+    assert not refused(codec, string)
+    n = len(string)
+    assert all(refused(codec, string[:length]) for length in {*range(0, n, -(-n // 9)), n - 1})
+    assert all(refused(codec, string + more) for more in (b"\0", b"\1", b"\xff" * 4, string))
+    for _ in range(15):
+        damaged = bytearray(string)
+        damaged[rng.randrange(n)] ^= 1 << rng.randrange(8)
+        assert refused(codec, bytes(damaged))
+        assert refused(codec, rng.randbytes(rng.randrange(2 * n)))
+
+
+def test_a_string_of_another_size_or_network_is_refused(sent):
+    codec, string = sent
+    assert refused(codec, string, (1, 80, 72)) and refused(codec, string, (1, 40, 200))
+    torch.manual_seed(1)
+    other = LearnedCodec(NETWORKS["elic" if isinstance(codec.net, LicTcm) else "tcm"](), M, (1e-4, 0.05), 4)
+    assert refused(other.eval().update(), string)
+
+
+def test_one_damaged_string_is_found_among_whole_ones(sent):
+    codec, string = sent
+    with pytest.raises(InputError):
+        codec.decode([string, string[:-1], string], 255, (1, 40, 72))
