@@ -45,7 +45,8 @@ def test_params_are_those_of_the_recorded_run(stage: str) -> None:
 
 def test_every_stage_of_the_pipeline_was_run() -> None:
     expected = {"prepare", "report"}
-    expected |= {f"{name}@{model}" for name in ("train_model", "extract", "measure_uncoded") for model in PARAMS["models"]}
+    of_model = ("train_model", "extract", "measure_uncoded")
+    expected |= {f"{name}@{model}" for name in of_model for model in PARAMS["models"]}
     pairs = [f"{model}-{codec}" for model in PARAMS["models"] for codec in PARAMS["codecs"]]
     expected |= {f"{name}@{pair}" for name in ("train_codec", "train_mfip", "evaluate") for pair in pairs}
     expected |= {f"{name}@{p}-{q}" for name in ("compress", "measure") for p in pairs for q in PARAMS["lambdas"]}
