@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import torch
+from compressai.entropy_models import EntropyBottleneck
 from compressai.models.utils import remap_old_keys
 from torch import Tensor
 
@@ -116,9 +117,10 @@ def load_published(family: Family, files: list[str]) -> None:
     for member, file in zip(family.members, files, strict=True):
         state = published_state(Path(file))
         own = {name: value for name, value in member.net.state_dict().items() if _is_table(name)}
-        weights = remap_old_keys(
-            "entropy_bottleneck", member.net.from_published(state)
-        )  # older compressai named them otherwise
+        weights = member.net.from_published(state)
+        for name, module in member.net.named_modules():
+            if isinstance(module, EntropyBottleneck):
+                weights = remap_old_keys(name, weights)  # older compressai named them otherwise
         weights = {name: value for name, value in weights.items() if not _is_table(name)}
         load_weights(member.net, weights | own, file)
 
