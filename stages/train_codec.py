@@ -49,7 +49,7 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
         packing = codec_training.fit_packing(data, config["packing"])
         if family:
             load_published(codec, [member["weights"] for member in family])
-        elif config["packing"] == "pca" and "network" in config:
+        elif config["packing"] != "tile" and "network" in config:
             codec.net.transform_start(codec_training.block_basis(data, packing))
     log = []
     if "steps" in wanted:

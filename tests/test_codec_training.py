@@ -91,9 +91,10 @@ def test_masks_mark_exactly_the_real_pixels(train_split):
     shifted = SimpleNamespace(image_ids=train_split.image_ids, scale=lambda i, s: 2 + train_split.scale(i, s).abs())
     sides = []
     for planes, masks in crops(shifted):
-        assert planes.shape[2:] == masks.shape[2:] and planes.shape[2] % 64 == planes.shape[3] % 64 == 0
+        assert planes.shape[2:] == masks.shape[2:] and planes.shape[2] % 32 == planes.shape[3] % 32 == 0
         assert torch.equal(masks == 1, planes != 0.5)
         assert set(masks.unique().tolist()) <= {0.0, 1.0}
+        assert (masks[..., -32, -32] == 1).all()  # and no plane is padded further than it must be
         sides += [math.isqrt(int(mask.sum())) for mask in masks]
     assert sorted(sides) == sorted([64] * 4 + [48, 24, 12, 6] * 2)
 
@@ -131,6 +132,21 @@ def test_training_reduces_the_loss(train_split):
     assert not codec.training
     assert [line.keys() for line in log] == [{"step": 0, "loss": 0, "bpp_plane": 0, "mse": 0}.keys()]
     assert loss_of(codec, train_split) < 0.9 * before
+
+
+def test_a_crop_counts_by_the_side_of_its_real_pixels(train_split, monkeypatch):
+    """Bits that are weights themselves have the gradient that their crop counts for. The log is of the plain sums."""
+    codec, masks = tiny(), torch.zeros(4, 1, 64, 64)
+    for mask, (height, width) in zip(masks, ((64, 64), (48, 48), (8, 32), (6, 6)), strict=True):
+        mask[:, :height, :width] = 1
+    shown = [(torch.full((4, 1, 64, 64), 0.5), masks)]
+    monkeypatch.setattr(codec_training, "random_crops", lambda *_: shown)
+    monkeypatch.setattr(codec, "forward", lambda x, lmbda: (x, codec.log_gain[0, : len(x)]))
+    bits = codec.log_gain[0, :4].sum().item()
+    (line,) = codec_training.train(codec, train_split, PLAIN, Schedule(0, 1, batch=2, crop=64, lr=1e-3), seed=0)
+    share = codec.log_gain.grad[0, :4] * codec_training.SAMPLES * 2 * 64
+    assert share.tolist() == approx([1 / 64, 1 / 48, 1 / 16, 1 / 6])
+    assert line["bpp_plane"] == approx(bits / masks.sum().item()) and line["loss"] == approx(line["bpp_plane"])
 
 
 def test_the_same_seed_gives_the_same_weights(train_split):
@@ -176,19 +192,20 @@ def test_the_error_of_a_plane_is_that_of_its_latents_at_the_start(train_split):
     wide = {"N": 64, "M": 256, "groups": [64, 192], "context": {"widths": [8, 8], "kernel": 3}}
     codec = build_codec(CONFIG | {"network": wide})
     codec.net.transform_start(codec_training.block_basis(train_split, PLAIN))
-    ((x, _),) = crops(train_split)
-    with torch.no_grad():
-        y = codec.net.g_a(x - 0.5)
-        y_hat, _ = codec.quantised(y, torch.full((len(x),), 0.001))
-        error = (codec.net.g_s(y_hat) + 0.5 - x).square().sum().item()
-    assert error == approx((y_hat - y).square().sum().item(), rel=0.03)  # branches are near zero, not zero
+    for x, _ in crops(train_split):
+        with torch.no_grad():
+            y = codec.net.g_a(x - 0.5)
+            y_hat, _ = codec.quantised(y, torch.full((len(x),), 0.001))
+            error = (codec.net.g_s(y_hat) + 0.5 - x).square().sum().item()
+        assert error == approx((y_hat - y).square().sum().item(), rel=0.03)  # branches are near zero, not zero
 
 
 def test_both_phases_see_the_same_error_and_bits_of_an_orthonormal_transform(train_split, monkeypatch):
     """In their first step, before anything was learned, on crops without padding."""
     wide = {"N": 64, "M": 256, "groups": [64, 192], "context": {"widths": [8, 8], "kernel": 3}}
-    ((x, mask),) = crops(train_split)
+    (x, mask), *_ = (pair for pair in crops(train_split) if pair[0].shape[2] == 64)
     whole = mask.flatten(1).all(1)
+    assert whole.sum() == 4
     monkeypatch.setattr(codec_training, "random_crops", lambda *_: [(x[whole], mask[whole])])
     logs = []
     for entropy_steps in (1, 0):
@@ -307,11 +324,12 @@ def test_given_weights_must_be_complete(run, codec_file, tmp_path):
         run(cut)
 
 
-def test_without_weights_the_codec_starts_as_the_transform_of_its_planes(run, path):
+@pytest.mark.parametrize("kind", ["pca", "quilt"])
+def test_without_weights_the_codec_starts_as_the_transform_of_its_planes(kind, run, path):
     """A transform start has error from rounding only, and 256 bands carry what 16 x 16 pixels hold."""
     wide = {"N": 64, "M": 256, "groups": [64, 192], "context": {"widths": [8, 8], "kernel": 3}}
-    codec, packing, channels = load_codec(run(None, network=wide))
-    assert channels == CHANNELS and packing.kind == "pca"
+    codec, packing, channels = load_codec(run(None, network=wide, packing=kind))
+    assert channels == CHANNELS and packing.kind == kind
     plane, _ = pack(Features(path, "fit").scale(0, "0"), "0", packing)
     (coded,) = codec.encode(plane[None], 255)
     assert -10 * math.log10((coded.plane - plane).square().mean()) > 33  # D = 1 / (2 ln 2 lambda 255^2): 36.5 dB

@@ -48,7 +48,7 @@ def random_packing(kind: str) -> Packing:
     if kind == "tile":
         return Packing("tile", {}, {})
     basis = {scale: torch.linalg.qr(torch.randn(CHANNELS, CHANNELS)).Q for scale in SCALES}
-    return Packing("pca", basis, {scale: torch.randn(CHANNELS) for scale in SCALES})
+    return Packing(kind, basis, {scale: torch.randn(CHANNELS) for scale in SCALES})
 
 
 def write_codec(path: Path, kind: str) -> Path:
@@ -58,7 +58,7 @@ def write_codec(path: Path, kind: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["pca", "tile"])
+@pytest.fixture(scope="module", params=["pca", "quilt", "tile"])
 def codec_file(request, tmp_path_factory) -> Path:
     return write_codec(tmp_path_factory.mktemp(request.param) / "codec.pt", request.param)
 

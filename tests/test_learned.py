@@ -1,5 +1,6 @@
 """Whatever a network predicts and whatever arrives: both sides do the same, or the receiver says that it cannot."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from torch.nn import functional
 from stages.lib import learned
 from stages.lib.ans import LIMIT, Tables, gaussians
 from stages.lib.elic import Elic
-from stages.lib.learned import SCALE_LIMITS, SCALE_TABLE, LearnedCodec, packet
+from stages.lib.learned import NUMBER_BITS, SCALE_LIMITS, SCALE_TABLE, LearnedCodec, packet
 from stages.lib.params import InputError
 from stages.lib.tcm import LicTcm
 
@@ -178,7 +179,8 @@ def test_a_number_is_the_cheaper_of_the_nearest_and_the_next_towards_0(thrift):
     codec.thrift = thrift
     exact = torch.cat([torch.linspace(-9, 9, 400), torch.tensor([0.0, 600.3, -511.4, 510.6, 1e6])]).view(1, 1, 1, -1)
     for table, price in ((0, 3.0), (20, 0.1), (20, 3.0), (63, 0.5)):
-        chosen = codec._worth_sending(exact, torch.full(exact.shape, table), torch.full((1, 1, 1, 1), price))
+        tables, prices = torch.full(exact.shape, table), torch.full((1, 1, 1, 1), price)
+        chosen = codec._worth_sending(exact, tables, prices, NUMBER_BITS)
         bits = -np.log2(np.maximum(gaussians(SCALE_TABLE[table : table + 1].numpy())[0], 2.0**-24))
         for x, number in zip(exact.flatten().tolist(), chosen.flatten().tolist(), strict=True):
             nearest = min(max(round(x), -LIMIT), LIMIT)
@@ -197,11 +199,63 @@ def test_a_receiver_does_not_know_the_senders_thrift(network):
         assert torch.equal(receiver.decode([coded.string], 200, (1, 40, 72))[0], coded.plane)
 
 
+# ---- sizes
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("size", "latents", "hyper"),
+    [
+        ((1, 1), (2, 2), (1, 1)),
+        ((32, 16), (2, 2), (1, 1)),
+        ((64, 64), (4, 4), (1, 1)),
+        ((33, 65), (4, 6), (1, 2)),
+        ((3, 130), (2, 10), (1, 3)),
+    ],
+)
+def test_a_small_plane_has_few_numbers(network, size, latents, hyper, parts):
+    codec = tiny(network)
+    codec.encode(planes(1, 1, *size), 128)
+    z, *y = [len(part.numbers) for part in parts[0]]
+    assert z == codec._medians.numel() * math.prod(hyper)
+    assert sum(y) == M * math.prod(latents)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("size", [(32, 16), (32, 96), (160, 64)])
+def test_training_sender_and_receiver_have_one_hyper_path(network, size, monkeypatch):
+    monkeypatch.setattr(learned, "TRANSFORM_TYPE", torch.float32)
+    codec, x, seen = tiny(network), planes(1, 1, *size), []
+    walk = codec.net.walk
+    monkeypatch.setattr(codec.net, "walk", lambda side, y, code: seen.append((side, y)) or walk(side, y, code))
+    with torch.no_grad():
+        codec.net.h_a[-1].weight *= 30  # a hyper-latent that is not all 0
+        codec(functional.pad(x, (0, -size[1] % 32, 0, 0), value=0.5), codec.log_lambdas[-1:].exp())
+    (coded,) = codec.encode(x, 255)
+    codec.decode([coded.string], 255, (1, *size))
+    (trained, y), (sent, _), (received, _) = seen
+    assert trained.shape[2:] == y.shape[2:] == (size[0] // 16, -(-size[1] // 32) * 2)
+    assert torch.allclose(trained, sent, atol=1e-4) and torch.equal(sent, received)
+    assert trained.std((2, 3)).max() > 0.05
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_hyper_path_sees_zeros_beyond_the_latents(network):
+    """And what it says of them is dropped: what it says of a latent stays at its place."""
+    codec, y = tiny(network), planes(1, M, 2, 6)
+    whole = torch.zeros(1, M, 4, 8)
+    whole[:, :, :2, :6] = y
+    with torch.no_grad():
+        z = codec.net.h_a(whole)
+        assert torch.equal(codec._hyper(y), z) and torch.equal(codec._hyper(whole), z)
+        assert torch.equal(codec._side(z, y), codec.net.h_s(z)[:, :, :2, :6])
+
+
 # ---- types of numbers
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("shape", [(1, 40, 72), (1, 1, 1), (1, 130, 3)])
+@pytest.mark.parametrize("shape", [(1, 40, 72), (1, 1, 1), (1, 130, 3), (1, 16, 8), (1, 33, 65)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_sides_agree_to_the_bit_whatever_the_transforms_compute_in(network, shape, dtype, monkeypatch):
     monkeypatch.setattr(learned, "TRANSFORM_TYPE", dtype)

@@ -71,7 +71,8 @@ BAD = [  # key, value, what the line must say beside the key
     ("lambdas.q6", 0.5, "lambda_range is [0.0001, 0.05]"),
     ("lambdas", {"q1": 0.002}, "at least two"),
     ("codecs.vvc", PARAMS["codecs"]["elic"], "choose from elic, tcm, hevc"),
-    ("codecs.elic.packing", "rgb", "pca, tile"),
+    ("codecs.elic.packing", "rgb", "pca, quilt, tile"),
+    ("codecs.tcm.packing", "quilts", "pca, quilt, tile"),
     ("codecs.elic.network.groups", [16, 16], "must be M = 256"),
     ("codecs.elic.network.groups", [256, 0], "whole numbers"),
     ("codecs.elic.network.context.widths", [96], "2 of them"),
@@ -102,6 +103,12 @@ def test_a_bad_number_is_one_line_with_its_key(key: str, value: Any, says: str) 
     with pytest.raises(InputError) as error:
         check_params(changed(key, value))
     assert key in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("packing", ["pca", "quilt", "tile"])
+@pytest.mark.parametrize("codec", ["elic", "tcm"])
+def test_a_learned_codec_may_have_any_packing(codec: str, packing: str) -> None:
+    check_params(changed(f"codecs.{codec}.packing", packing))
 
 
 FAMILY = [{"lmbda": lmbda, "weights": f"{lmbda}.pth.tar"} for lmbda in PARAMS["lambdas"].values()]
@@ -141,9 +148,10 @@ def test_a_bad_family_is_one_line_with_its_entry(changes: dict[str, Any], says: 
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_transform_start_needs_a_wide_tcm() -> None:
+@pytest.mark.parametrize("packing", ["pca", "quilt"])
+def test_a_transform_start_needs_a_wide_tcm(packing: str) -> None:
     network = PARAMS["codecs"]["tcm"]["network"] | {"N": 24, "head_dims": [8, 8, 24]}
-    narrow = PARAMS["codecs"]["tcm"] | {"network": network}
+    narrow = PARAMS["codecs"]["tcm"] | {"network": network, "packing": packing}
     with pytest.raises(InputError, match="codecs.tcm.network.N is 24: init: null needs at least 32"):
         check_params(changed("codecs.tcm", narrow | {"init": None}))
     check_params(changed("codecs.tcm", narrow | {"init": "narrow.pt"}))

@@ -8,7 +8,8 @@ from pytest import approx
 from stages.lib.params import SCALES
 from stages.lib.planes import Packing, grid, learn_packing, pack, plane_shape, unpack
 
-KINDS = ("pca", "tile")
+ROTATED = ("pca", "quilt")
+KINDS = (*ROTATED, "tile")
 CHANNELS = (1, 5, 7, 32, 256)
 
 
@@ -17,7 +18,7 @@ def packing_of(kind: str, channels: int) -> Packing:
         return Packing("tile", {}, {})
     generator = torch.Generator().manual_seed(channels)
     basis = torch.linalg.qr(torch.randn(channels, channels, generator=generator, dtype=torch.float64)).Q.float()
-    return Packing("pca", {"0": basis}, {"0": torch.randn(channels, generator=generator)})
+    return Packing(kind, {"0": basis}, {"0": torch.randn(channels, generator=generator)})
 
 
 def noise(channels: int, height: int = 3, width: int = 4) -> torch.Tensor:
@@ -40,7 +41,7 @@ def test_planes_have_the_shape_that_the_receiver_derives(kind, channels):
     packing = packing_of(kind, channels)
     plane, _ = pack(noise(channels), "0", packing)
     assert plane.shape == plane_shape(channels, 3, 4, packing)
-    assert plane.shape[0] == packing.plane_channels == (1 if kind == "pca" else 3)
+    assert plane.shape[0] == packing.plane_channels == (3 if kind == "tile" else 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +66,7 @@ def test_constant_maps_survive(kind, value):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_map_without_range_is_known_whatever_the_codec_returns(kind):
     packing = packing_of(kind, 5)
-    features = packing.mean["0"][:, None, None].expand(5, 2, 2) if kind == "pca" else torch.ones(5, 2, 2)
+    features = packing.mean["0"][:, None, None].expand(5, 2, 2) if kind != "tile" else torch.ones(5, 2, 2)
     plane, value_range = pack(features, "0", packing)
     assert value_range.low == value_range.high
     assert torch.equal(unpack(plane + 0.3, value_range, "0", 5, packing), features)
@@ -84,15 +85,42 @@ def test_tiles_are_placed_row_by_row(channels):
         assert torch.allclose(part * (high - low) + low, features[c], atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [5, 7, 32])  # two, two and no places are left empty
+def test_all_channels_of_a_place_stand_together_in_a_quilt(channels):
+    features, packing = noise(channels), packing_of("quilt", channels)
+    plane, (low, high) = pack(features, "0", packing)
+    rows, columns = grid(channels)
+    for i in range(3):
+        for j in range(4):
+            patch = plane[0, rows * i : rows * (i + 1), columns * j : columns * (j + 1)].flatten()
+            expected = packing.basis["0"] @ (features[:, i, j] - packing.mean["0"])
+            assert torch.allclose(patch[:channels] * (high - low) + low, expected, atol=1e-4)
+            assert not patch[channels:].any()
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_a_quilt_is_the_tiles_in_another_order(channels):
+    (quilt, of_quilt), (tiles, of_tiles) = (
+        pack(noise(channels), "0", packing_of(k, channels)) for k in ("quilt", "pca")
+    )
+    assert of_quilt == of_tiles and quilt.shape == tiles.shape
+    assert torch.equal(quilt.flatten().sort().values, tiles.flatten().sort().values)
+    assert torch.equal(quilt, tiles) == (channels == 1)
+
+
+@pytest.mark.parametrize("kind", ROTATED)
 @pytest.mark.parametrize("channels", [5, 32, 256])
-def test_the_error_of_a_pca_plane_is_the_error_of_its_features(channels):
-    features, packing = noise(channels), packing_of("pca", channels)
+def test_the_error_of_a_rotated_plane_is_the_error_of_its_features(kind, channels):
+    features, packing = noise(channels), packing_of(kind, channels)
     plane, value_range = pack(features, "0", packing)
     rows, columns = grid(channels)
     bent = (plane + 0.02 * torch.randn(plane.shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
     used = torch.ones(rows * columns, dtype=torch.bool)
     used[channels:] = False
-    inside = used.view(rows, 1, columns, 1).expand(rows, 3, columns, 4).reshape(plane[0].shape)
+    if kind == "pca":
+        inside = used.view(rows, 1, columns, 1).expand(rows, 3, columns, 4).reshape(plane[0].shape)
+    else:
+        inside = used.view(rows, columns).repeat(3, 4)
     of_plane = ((bent - plane)[0][inside]).square().mean().item() * (value_range.high - value_range.low) ** 2
     of_features = (unpack(bent, value_range, "0", channels, packing) - features).square().mean().item()
     assert of_features == approx(of_plane, rel=1e-4)
@@ -115,11 +143,13 @@ def sums(samples: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
     return samples.shape[1], samples.sum(1), samples @ samples.T
 
 
-def test_the_learned_basis_is_numpys_eigenbasis():
+@pytest.mark.parametrize("kind", ROTATED)
+def test_the_learned_basis_is_numpys_eigenbasis(kind):
     generator = torch.Generator().manual_seed(3)
     mix = torch.randn(6, 6, generator=generator, dtype=torch.float64)
     samples = mix @ torch.randn(6, 500, generator=generator, dtype=torch.float64) + 4
-    packing = learn_packing("pca", {scale: sums(samples) for scale in SCALES})
+    packing = learn_packing(kind, {scale: sums(samples) for scale in SCALES})
+    assert packing.kind == kind
     values, vectors = np.linalg.eigh(np.cov(samples.numpy(), bias=True))
     basis = packing.basis["2"].double().numpy()
     assert packing.mean["2"].numpy() == approx(samples.mean(1).numpy(), abs=1e-5)

@@ -71,18 +71,19 @@ def test_narrow_slice_networks_make_a_small_codec():
     assert sum(p.numel() for p in small.parameters()) < 5e6
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 64, 128), (1, 192, 64)])
-def test_every_multiple_of_64_is_a_size(shape):
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 64, 128), (1, 192, 64), (1, 32, 96), (3, 160, 32)])
+def test_every_multiple_of_32_is_a_size(shape):
     c, height, width = shape
-    net, x = tiny(c), torch.rand(2, *shape)
+    codec, x = with_gains(tiny(c)), torch.rand(2, *shape)
     with torch.no_grad():
-        y = net.g_a(x)
-        z = net.h_a(y)
+        y = codec.net.g_a(x)
+        z = codec._hyper(y)
         assert y.shape == (2, 32, height // 16, width // 16)
-        assert z.shape == (2, 8, height // 64, width // 64)
-        assert net.h_s(z).shape == (2, 64, height // 16, width // 16)
-        assert net.g_s(y).shape == x.shape
-        x_hat, bits = with_gains(net)(x, torch.tensor(LAMBDAS))
+        assert z.shape == (2, 8, -(-height // 64), -(-width // 64))
+        assert codec.net.h_s(z).shape == (2, 64, 4 * z.shape[2], 4 * z.shape[3])
+        assert codec._side(z, y).shape == (2, 64, height // 16, width // 16)
+        assert codec.net.g_s(y).shape == x.shape
+        x_hat, bits = codec(x, torch.tensor(LAMBDAS))
     assert x_hat.shape == x.shape and bits.shape == (2,)
     assert torch.isfinite(x_hat).all() and (bits > 0).all()
 

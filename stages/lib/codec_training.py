@@ -23,6 +23,7 @@ from stages.lib.params import SCALES
 from stages.lib.planes import Packing, Range, learn_packing, pack, principal, unpack
 from stages.lib.progress import progress
 
+SAMPLES = 3  # crops in a step, in units of the batch of scale 0
 TRANSFORM_RATE = 0.1  # of the learning rate: it starts near its optimum, the entropy model at noise
 JPEG_QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90, 95)
 
@@ -58,7 +59,7 @@ def block_basis(features: Features, packing: Packing) -> Tensor:
 def random_crops(
     features: Features, packing: Packing, batch: int, crop: int, rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random crops of planes, padded to multiples of 64, and the masks of their real pixels.
+    """Random crops of planes, padded to multiples of 32, and the masks of their real pixels.
 
     `batch` crops of scale 0, which has most of the pixels, and half as many of each other scale. Yields
     (planes [B, c, h, w], masks [B, 1, h, w]), the crops of one shape together.
@@ -92,7 +93,8 @@ class Schedule(NamedTuple):
 def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: Schedule, seed: int) -> list[dict]:
     """Minimise  bits + lambda * 255^2 * squared error  in place, lambda log-uniform in the codec's range per sample.
 
-    First the entropy model learns alone, several times as fast: as long as the transform is orthonormal, as it starts,
+    A crop counts by the side, not the area, of its real pixels, or a step would be about scale 0 alone. First the
+    entropy model learns alone, several times as fast: as long as the transform is orthonormal, as it starts,
     the error of a plane is that of its latents. Then everything learns, the transform at a tenth of the rate. Returns
     loss, bits and squared error per plane pixel, averaged over every 100 steps.
     """
@@ -138,9 +140,9 @@ def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: S
                 lmbda = torch.from_numpy(np.exp(rng.uniform(low, high, len(x)))).float().to(DEVICE)
                 with torch.autocast(DEVICE.type, torch.bfloat16):
                     error, bits = errors_and_bits(x, mask, lmbda)
-                loss = (bits + lmbda * 255**2 * error).sum()
-                (loss / (3 * schedule.batch * schedule.crop**2)).backward()
-                total += [loss.item(), bits.sum().item(), error.sum().item(), mask.sum().item()]
+                loss, pixels = bits + lmbda * 255**2 * error, mask.flatten(1).sum(1)
+                (loss / pixels.sqrt() / (SAMPLES * schedule.batch * schedule.crop)).sum().backward()
+                total += [value.sum().item() for value in (loss, bits, error, pixels)]
             nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
             optimizer.step()
             rates.step()

@@ -75,7 +75,7 @@ def save_codec(path: Path, feature_codec: FeatureCodec, config: dict) -> None:
 def _learned(network: type[Elic | LicTcm]) -> Callable[[dict], LearnedCodec | Family]:
     def build(config: dict) -> LearnedCodec | Family:
         def net() -> Elic | LicTcm:
-            return network(1 if config["packing"] == "pca" else 3, **config["network"])
+            return network(3 if config["packing"] == "tile" else 1, **config["network"])
 
         M = config["network"]["M"]
         if "lambdas" in config:

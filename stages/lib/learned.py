@@ -26,7 +26,8 @@ from torch.nn import functional
 from stages.lib.ans import LIMIT, Decoder, Part, Tables, gaussians
 from stages.lib.params import InputError
 
-STRIDE = 64  # of z: planes are padded to multiples of it
+STRIDE = 32  # planes are padded to multiples of it, so that the sides of y are even, as a checkerboard needs
+HYPER_STRIDE = 4  # of z in y, which is padded to multiples of it
 SCALE_TABLE = torch.exp(torch.linspace(math.log(0.11), math.log(64), 64))
 SCALE_LIMITS = (SCALE_TABLE[1:] * SCALE_TABLE[:-1]).sqrt()  # between a scale and the next
 # What a number's own bits count for when the sender decides whether it is worth them. Below 1, because what is not sent
@@ -45,7 +46,7 @@ Code = Callable[[Tensor, slice, Tensor, Tensor], Tensor]  # (part of y, its chan
 class Network(Protocol):
     """What a learned codec supplies: a torch module with these parts.
 
-    y has M channels at 1/16 of the plane's size, z is at 1/64.
+    y has M channels at 1/16 of the plane's size, z is at 1/64. Planes are padded to multiples of 32, y for z alone.
     """
 
     g_a: nn.Module  # plane [B, c, H, W] -> y
@@ -118,7 +119,7 @@ class LearnedCodec(nn.Module):
         return torch.exp((1 - share) * table[below] + share * table[below + 1])[:, :, None, None]
 
     def forward(self, x: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor]:
-        """Planes [B, c, H, W], H and W multiples of 64, lambdas [B] -> reconstructions, estimated bits [B]."""
+        """Planes [B, c, H, W], H and W multiples of 32, lambdas [B] -> reconstructions, estimated bits [B]."""
         y_hat, bits = self.quantised(self.net.g_a(x - self.centre), lmbda)
         return self.net.g_s(y_hat) + self.centre, bits
 
@@ -130,7 +131,7 @@ class LearnedCodec(nn.Module):
         """
         position = self.position(lmbda)
         y = y.float() * self._at(self.log_gain, position)
-        z = self.net.h_a(y).float()
+        z = self._hyper(y).float()
         with torch.autocast(z.device.type, enabled=False):
             bits = _bits(self.net.entropy_bottleneck(z)[1])
 
@@ -140,8 +141,18 @@ class LearnedCodec(nn.Module):
             bits = bits + _bits(self.net.gaussian_conditional(part, scales, means)[1])
             return quantize_ste(part - means) + means
 
-        side = self.net.h_s(quantize_ste(z - self._medians) + self._medians)
+        side = self._side(quantize_ste(z - self._medians) + self._medians, y)
         return self.net.walk(side, y, quantise) * self._at(self.log_inverse, position), bits
+
+    def _hyper(self, y: Tensor) -> Tensor:
+        """Latents [B, M, h, w] -> z [B, Z, ceil(h / 4), ceil(w / 4)]."""
+        rows, columns = y.shape[2:]
+        return self.net.h_a(functional.pad(y, (0, -columns % HYPER_STRIDE, 0, -rows % HYPER_STRIDE)))
+
+    def _side(self, z_hat: Tensor, y: Tensor) -> Tensor:
+        """What the hyper-latent says of y, of y's height and width."""
+        rows, columns = y.shape[2:]
+        return self.net.h_s(z_hat)[:, :, :rows, :columns]
 
     @property
     def _medians(self) -> Tensor:
@@ -170,46 +181,49 @@ class LearnedCodec(nn.Module):
     def _encode(self, plane: Tensor, level: int) -> Coded:
         height, width = plane.shape[2:]
         x = functional.pad(plane - self.centre, (0, -width % STRIDE, 0, -height % STRIDE))
-        gain = self._at(self.log_gain, self._position_of(level))
+        position = self._position_of(level)
+        gain, inverse = self._at(self.log_gain, position), self._at(self.log_inverse, position)
         y = self._transforms[0](x.to(TRANSFORM_TYPE, memory_format=torch.channels_last)).float() * gain
-        z = self.net.h_a(y)
+        z = self._hyper(y)
         numbers = (z - self._medians).round().clamp(-LIMIT, LIMIT)
         bits = _bits(self.net.entropy_bottleneck(numbers + self._medians)[1])
         parts = [Part(_flat(numbers, np.int32), self._hyper_tables(z.shape[2:]))]
 
         lmbda = (self.log_lambdas[0] + level / 255 * (self.log_lambdas[-1] - self.log_lambdas[0])).exp()
-        price_of_error = 255**2 * lmbda * self._at(self.log_inverse, self._position_of(level)).square()  # [1, M, 1, 1]
+        price_of_error = 255**2 * lmbda * inverse.square()  # [1, M, 1, 1]
+        number_bits = NUMBER_BITS.to(y.device)
 
         def send(part: Tensor, channels: slice, scales: Tensor, means: Tensor) -> Tensor:
             nonlocal bits
             tables = _table_of(scales)
-            numbers = self._worth_sending(part - means, tables, price_of_error[:, channels])
-            bits = bits + _bits(self.net.gaussian_conditional(numbers, scales)[1])
+            numbers = self._worth_sending(part - means, tables, price_of_error[:, channels], number_bits)
+            bits = bits + number_bits[tables, numbers.long() + LIMIT].sum()
             parts.append(Part(_flat(numbers, np.int32), _flat(tables, np.uint16)))
             return numbers + means
 
         y_hat = self._walk(numbers, y, send)
         string, bytes_hyper = self._tables.encode(parts)
-        return Coded(string, bytes_hyper, bits.item(), self._synthesis(y_hat, level)[0, :, :height, :width])
+        return Coded(string, bytes_hyper, bits.item(), self._synthesis(y_hat * inverse)[0, :, :height, :width])
 
-    def _worth_sending(self, exact: Tensor, tables: Tensor, price_of_error: Tensor) -> Tensor:
+    def _worth_sending(self, exact: Tensor, tables: Tensor, price_of_error: Tensor, number_bits: Tensor) -> Tensor:
         """The nearest whole number n, or the next one towards 0: what is least of  thrift * bits + price * error^2.
 
         Rate-distortion optimised quantisation of each number for itself: only the sender knows of it.
         """
-        bits = NUMBER_BITS.to(exact.device)
-
-        def cost(n: Tensor) -> Tensor:
-            return self.thrift * bits[tables, n.long() + LIMIT] + price_of_error * (n - exact).square()
-
-        nearest = exact.round().clamp(-LIMIT, LIMIT)
+        numbers = exact.round().clamp(-LIMIT, LIMIT)
+        at = numbers.nonzero(as_tuple=True)  # at most rates the fewer part
+        nearest, table, wanted = numbers[at], tables[at], exact[at]
         less = nearest - nearest.sign()
-        return torch.where(cost(less) < cost(nearest), less, nearest)
+        saved = number_bits[table, nearest.long() + LIMIT] - number_bits[table, less.long() + LIMIT]
+        error = (less - wanted).square() - (nearest - wanted).square()
+        numbers[at] = torch.where(self.thrift * saved > price_of_error.expand_as(exact)[at] * error, less, nearest)
+        return numbers
 
     @torch.inference_mode()
     def _decode(self, string: bytes, level: int, shape: tuple[int, int, int]) -> Tensor:
         _, height, width = shape
-        size = -(-height // STRIDE), -(-width // STRIDE)
+        rows, columns = (-(-side // STRIDE) * STRIDE // 16 for side in (height, width))  # of y
+        size = -(-rows // HYPER_STRIDE), -(-columns // HYPER_STRIDE)  # of z
         decoder, device = Decoder(self._tables, string), self.log_lambdas.device
         numbers = torch.from_numpy(decoder.read(self._hyper_tables(size))).to(device, torch.float32)
 
@@ -217,22 +231,22 @@ class LearnedCodec(nn.Module):
             read = decoder.read(_flat(_table_of(scales), np.uint16))
             return torch.from_numpy(read).to(device, torch.float32).view(means.shape) + means
 
-        M, (rows, columns) = self.log_gain.shape[1], size
-        blank = torch.zeros(1, M, rows * STRIDE // 16, columns * STRIDE // 16, device=device)
+        blank = torch.zeros(1, self.log_gain.shape[1], rows, columns, device=device)
         y_hat = self._walk(numbers.view(1, -1, *size), blank, receive)
         decoder.close()
-        return self._synthesis(y_hat, level)[:, :, :height, :width]
+        inverse = self._at(self.log_inverse, self._position_of(level))
+        return self._synthesis(y_hat * inverse)[:, :, :height, :width]
 
     def _walk(self, numbers: Tensor, y: Tensor, code: Code) -> Tensor:
         """The same steps on both sides, in the same memory layout: layouts choose routines, which round differently."""
-        side = self.net.h_s((numbers + self._medians).contiguous(memory_format=torch.channels_last))
-        return self.net.walk(side, y.contiguous(memory_format=torch.channels_last), code)
+        side = self._side((numbers + self._medians).contiguous(memory_format=torch.channels_last), y)
+        side, y = (part.contiguous(memory_format=torch.channels_last) for part in (side, y))
+        return self.net.walk(side, y, code)
 
     def _position_of(self, level: int) -> Tensor:
         return self.log_lambdas.new_tensor([level / 255 * (len(self.log_lambdas) - 1)])
 
-    def _synthesis(self, y_hat: Tensor, level: int) -> Tensor:
-        scaled = y_hat * self._at(self.log_inverse, self._position_of(level))
+    def _synthesis(self, scaled: Tensor) -> Tensor:
         return self._transforms[1](scaled.to(TRANSFORM_TYPE)).float() + self.centre
 
     def _hyper_tables(self, size: tuple[int, int]) -> np.ndarray:

@@ -115,7 +115,7 @@ RANGE = Check(
     "[lowest, highest] with 0 < lowest < highest",
 )
 
-PACKING = one_of(("pca", "tile"))
+PACKING = one_of(("pca", "quilt", "tile"))
 
 
 def learned(network: dict[str, Any]) -> Either:
@@ -240,7 +240,7 @@ def _check_networks(codecs: dict[str, Any]) -> None:
         for dim in network["head_dims"]:
             remedy = f"N = {network['N']} must be a multiple of each"
             _need(network["N"] % dim == 0, "codecs.tcm.network.head_dims", network["head_dims"], remedy)
-        starts = codecs["tcm"]["packing"] == "pca" and codecs["tcm"]["init"] is None
+        starts = codecs["tcm"]["packing"] != "tile" and codecs["tcm"]["init"] is None
         _need(not starts or network["N"] >= 32, "codecs.tcm.network.N", network["N"], "init: null needs at least 32")
         squeezed = network["context_widths"][0]
         _need(squeezed % 16 == 0, "codecs.tcm.network.context_widths", squeezed, "the first must be a multiple of 16")

@@ -21,9 +21,11 @@ class Range(NamedTuple):
 class Packing(NamedTuple):
     """How feature maps become planes. The basis belongs to the codec's weights and costs no bits.
 
-    kind: `pca` (grey planes of rotated, centred channels) or `tile` (the paper's: channels as they are, 3 per pixel).
-    basis: scale -> [C, C], rows orthonormal, by falling variance (`pca` only).
-    mean: scale -> [C], the mean over the training split (`pca` only).
+    kind: `tile` (the paper's: channels as they are, in tiles, 3 per pixel), `pca` (grey planes of rotated, centred
+        channels, in tiles) or `quilt` (the same, interleaved: all channels of a pixel stand side by side). Tiling and
+        quilting after Choi and Bajic, Deep Feature Compression for Collaborative Object Detection, ICIP 2018.
+    basis: scale -> [C, C], rows orthonormal, by falling variance (not `tile`).
+    mean: scale -> [C], the mean over the training split (not `tile`).
     """
 
     kind: str
@@ -32,7 +34,7 @@ class Packing(NamedTuple):
 
     @property
     def plane_channels(self) -> int:
-        return 1 if self.kind == "pca" else 3
+        return 3 if self.kind == "tile" else 1
 
 
 def learn_packing(kind: str, moments: dict[str, tuple[int, Tensor, Tensor]]) -> Packing:
@@ -68,7 +70,7 @@ def grid(tiles: int) -> tuple[int, int]:
 def pack(features: Tensor, scale: str, packing: Packing) -> tuple[Tensor, Range]:
     """Features of one image [C, H, W] -> plane [c, gh*H, gw*W] in [0, 1] and its range."""
     channels, height, width = features.shape
-    if packing.kind == "pca":
+    if packing.kind != "tile":
         centred = features - packing.mean[scale][:, None, None]
         features = torch.einsum("kc,chw->khw", packing.basis[scale], centred)
         peak = _float16_above(features.abs().max().item())
@@ -80,7 +82,8 @@ def pack(features: Tensor, scale: str, packing: Packing) -> tuple[Tensor, Range]
     span = value_range.high - value_range.low or 1.0
     plane = features.new_zeros(c * rows * columns, height, width)
     plane[:channels] = (features - value_range.low) / span
-    plane = plane.view(rows, columns, c, height, width).permute(2, 0, 3, 1, 4)
+    plane = plane.view(rows, columns, c, height, width)
+    plane = plane.permute(2, 3, 0, 4, 1) if packing.kind == "quilt" else plane.permute(2, 0, 3, 1, 4)
     return plane.reshape(c, rows * height, columns * width), value_range
 
 
@@ -89,9 +92,13 @@ def unpack(plane: Tensor, value_range: Range, scale: str, channels: int, packing
     c = packing.plane_channels
     rows, columns = grid(-(-channels // c))
     height, width = plane.shape[1] // rows, plane.shape[2] // columns
-    tiles = plane.view(c, rows, height, columns, width).permute(1, 3, 0, 2, 4).reshape(-1, height, width)
+    if packing.kind == "quilt":
+        tiles = plane.view(c, height, rows, width, columns).permute(2, 4, 0, 1, 3)
+    else:
+        tiles = plane.view(c, rows, height, columns, width).permute(1, 3, 0, 2, 4)
+    tiles = tiles.reshape(-1, height, width)
     features = tiles[:channels] * (value_range.high - value_range.low) + value_range.low
-    if packing.kind == "pca":
+    if packing.kind != "tile":
         rotated = torch.einsum("kc,khw->chw", packing.basis[scale], features)
         features = rotated + packing.mean[scale][:, None, None]
     return features
