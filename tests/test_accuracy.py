@@ -264,10 +264,52 @@ def test_no_detections_at_all_is_zero_where_objects_are(task):
     truth, _ = data_set(task)
     image_ids = list(truth.imgs)
     matches = match(truth, [], image_ids, task)
+    assert matches.utility.tolist() == [0] * len(image_ids)
     some = matches.n_positive.any(axis=1)
     assert average_precision(matches) == approx([0.0])
     assert per_image(matches) == approx(np.where(some, 0, np.nan), nan_ok=True)
     assert average_precision(matches, np.zeros((2, len(image_ids)))) == approx([np.nan] * 2, nan_ok=True)
+
+
+def shape_at(task, left, top, overlap=1.0):
+    """Fields of a thing of 10 x 10 px at this corner, or of one that overlaps with it as much as said."""
+    if task == "keypoints":
+        distance = np.sqrt(8 * np.log(1 / overlap))  # of one point; OKS = exp(-d^2 / (2 area (2 sigma)^2)), sigma 0.1
+        return {"keypoints": [left + distance, top, 2]}
+    if task == "detection":
+        return {"bbox": [left, top, 10, 10 * overlap]}
+    mask = np.zeros((100, 100), np.uint8, order="F")
+    mask[top : top + round(10 * overlap), left : left + 10] = 1
+    return {"segmentation": rle.encode(mask)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_utility_of_a_small_example(task):
+    corners = [(5, 5, 1, 0), (40, 40, 1, 0), (70, 5, 1, 0), (5, 70, 1, 1), (70, 70, 2, 0)]  # left, top, category, crowd
+    objects = [
+        {"id": i, "image_id": 1, "category_id": category, "iscrowd": crowd, "area": 100.0, "num_keypoints": 1}
+        | {"bbox": [left, top, 10, 10]}
+        | shape_at(task, left, top)
+        for i, (left, top, category, crowd) in enumerate(corners, start=1)
+    ]
+    ignored = objects[2] | {"id": 6, "bbox": [40, 5, 10, 10], "num_keypoints": 0, "keypoints": [0, 0, 0]}
+    objects += [ignored] if task == "keypoints" else []
+    categories = [{"id": k, "name": str(k), "keypoints": ["k"], "oks_sigmas": [0.1]} for k in (1, 2)]
+    truth = coco_of([{"id": i, "height": 100, "width": 100} for i in (1, 2, 3)], objects, categories)
+    found = [
+        (1, 1, 0.5, (5, 5)),  # 0.5 * 1
+        (1, 1, 0.9, (5, 5, 0.8)),  # 0.9 * 0.6: the best of the first object, though neither surest nor nearest
+        (1, 1, 1.0, (5, 5, 0.7)),  # 1 * 0.4
+        (1, 1, 0.95, (40, 40, 0.4)),  # not found: below 0.5
+        (1, 1, 0.25, (70, 5, 0.9)),  # 0.25 * 0.8
+        (1, 1, 0.99, (5, 70)),  # the crowd
+        (1, 1, 0.98, (40, 5)),  # nothing, or the object without keypoints
+        (1, 1, 0.97, (70, 70)),  # an object of the other category
+        (1, 2, 0.3, (70, 70)),  # 0.3 * 1
+        (2, 1, 0.9, (5, 5)),  # an image without objects
+    ]
+    found = [{"image_id": i, "category_id": k, "score": score} | shape_at(task, *place) for i, k, score, place in found]
+    assert match(truth, found, [3, 1, 2], task).utility == approx([0, 0.54 + 0.2 + 0.3, 0])
 
 
 @pytest.mark.parametrize("task", TASKS)

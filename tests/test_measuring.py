@@ -196,19 +196,20 @@ def test_features_decoded_without_error_lose_nothing(seer, features, tmp_path, m
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
     uncoded = uncoded_accuracies(seer, features, truth)
     losses = single_scale_losses(seer, features, tmp_path / "q.h5", None, ledger, truth, uncoded)
-    assert (losses["drop"] == 0).all() and (losses["clean"] == losses["coded"]).all()
+    assert (losses[["drop", "loss"]] == 0).all(axis=None) and (losses["clean"] == losses["coded"]).all()
     assert losses["clean"].between(0.05, 0.999).any()  # a detector that is neither blind nor perfect
 
 
-def test_each_drop_is_that_of_pycocotools_on_the_image_alone(seer, features, feature_codec, coded):
+def test_each_drop_and_loss_is_that_of_the_image_alone(seer, features, feature_codec, coded):
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
     own = uncoded_accuracies(seer, features, truth)
-    assert own.columns.tolist() == ["task", "split", "image_id", "clean"]
+    assert own.columns.tolist() == ["task", "split", "image_id", "clean", "utility"]
     losses = single_scale_losses(seer, features, coded / "q1.h5", feature_codec, coded / "q1.csv", truth, own)
-    assert losses.columns.tolist() == ["task", "split", "image_id", "scale", "clean", "coded", "drop"]
+    assert losses.columns.tolist() == ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss"]
     assert losses["scale"].map(type).eq(str).all()
     clean, decoded = clean_pyramids(features), decoded_pyramids(coded / "q1.h5", feature_codec)
     lines = losses.set_index(["task", "image_id", "scale"])
+    worth = own.set_index(["task", "image_id"])["utility"]
     left_out = 0
     for task, coco in truth.coco.items():
         for i in features.image_ids:
@@ -217,14 +218,17 @@ def test_each_drop_is_that_of_pycocotools_on_the_image_alone(seer, features, fea
                 left_out += 1
                 assert (task, i) not in lines.index.droplevel("scale")
                 continue
+            utility = match(coco, found_in(seer, {i: clean[i]}, task), [i], task).utility.item()
+            assert worth[task, i] == approx(utility, abs=1e-12)
             for scale in SCALES:
-                pyramid = clean[i] | {scale: decoded[i][scale]}
-                value = reference_ap(coco, found_in(seer, {i: pyramid}, task), [i], task)
+                found = found_in(seer, {i: clean[i] | {scale: decoded[i][scale]}}, task)
+                value = reference_ap(coco, found, [i], task)
                 line = lines.loc[(task, i, scale)]
                 assert (line["clean"], line["coded"]) == approx((uncoded, value), abs=1e-12)
                 assert line["drop"] == line["clean"] - line["coded"]
+                assert line["loss"] == approx(utility - match(coco, found, [i], task).utility.item(), abs=1e-12)
     assert left_out > 0 and len(lines) == len(SCALES) * (2 * len(features.image_ids) - left_out)
-    assert losses["drop"].abs().max() > 0.05 and set(losses["split"]) == {"test"}
+    assert losses[["drop", "loss"]].abs().max().min() > 0.05 and set(losses["split"]) == {"test"}
 
 
 def copy_of(coded: Path, folder: Path, quality: str = "q1") -> tuple[Path, Path]:

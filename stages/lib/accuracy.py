@@ -1,6 +1,6 @@
 """Detections + ground truth -> COCO AP, per image, of a split and of its bootstrap resamples, from one matching pass.
 
-    detections --results--> COCO dicts --match--> Matches --per_image----------> [n_images]
+    detections --results--> COCO dicts --match--> Matches --per_image, utility-> [n_images]
                                                      |-----average_precision---> [resamples] <-- bootstrap_weights
 
 The metric is `stats[0]` of pycocotools.cocoeval.COCOeval. Which detection belongs to which object is decided by its own
@@ -23,6 +23,7 @@ from stages.lib.params import TASKS, InputError
 if TYPE_CHECKING:  # only annotations need torch: resampling must start at once
     from torch import Tensor
 
+LEAST_OVERLAP = 0.5  # of a detection that is worth something: COCO's lowest threshold
 RECALLS = Params("bbox").recThrs  # [101], the same for every task
 CHUNK = 2**17  # numbers in one array [resamples, detections]: 1 MB stays in the cache, whatever the data set
 
@@ -40,6 +41,7 @@ class Matches(NamedTuple):
     matched: np.ndarray  # [D, T] bool
     ignored: np.ndarray  # [D, T] bool: belongs to a crowd or to an object without keypoints, counts as nothing
     n_positive: np.ndarray  # [n_images, n_categories] objects to be found: ground truth that is not ignored
+    utility: np.ndarray  # [n_images] what the detections are worth, see `_utility`
 
 
 def results(
@@ -96,7 +98,10 @@ def match_variants(truth: COCO, variants: list[list[dict[str, Any]]], image_ids:
     for found in variants:
         evaluation._dts = _by_pair(found, image_index, category_index)
         pairs = sorted(evaluation._dts, key=lambda pair: pair[::-1])  # by category, then image, as COCOeval
-        evaluated = [_evaluate(evaluation, pair, sigmas) for pair in pairs]
+        evaluated, utility = [], np.zeros(len(image_ids))
+        for pair in pairs:
+            evaluated.append(_evaluate(evaluation, pair, sigmas))
+            utility[image_index[pair[0]]] += _utility(evaluation, pair, evaluated[-1]["dtScores"])
         counts = [len(each["dtScores"]) for each in evaluated]
         nothing = np.zeros((len(evaluation.params.iouThrs), 0))
         matches.append(
@@ -108,6 +113,7 @@ def match_variants(truth: COCO, variants: list[list[dict[str, Any]]], image_ids:
                 matched=np.concatenate([nothing, *(each["dtMatches"] for each in evaluated)], axis=1).T > 0,
                 ignored=np.concatenate([nothing, *(each["dtIgnore"] for each in evaluated)], axis=1).T > 0,
                 n_positive=n_positive,
+                utility=utility,
             )
         )
     return matches
@@ -126,6 +132,7 @@ def merge(parts: list[Matches]) -> Matches:
         category[order],
         *(np.concatenate([getattr(part, name) for part in parts])[order] for name in ("score", "matched", "ignored")),
         n_positive=np.concatenate([part.n_positive for part in parts]),
+        utility=np.concatenate([part.utility for part in parts]),
     )
 
 
@@ -150,6 +157,18 @@ def _evaluate(evaluation: COCOeval, pair: tuple[int, int], sigmas: dict[int, np.
     similarity = evaluation.computeOks if sigmas else evaluation.computeIoU
     evaluation.ious = {pair: similarity(*pair)}
     return evaluation.evaluateImg(*pair, params.areaRng[0], params.maxDets[-1])
+
+
+def _utility(evaluation: COCOeval, pair: tuple[int, int], scores: list[float]) -> float:
+    """Sum over the objects of one (image id, category id) of the best detection's  score * (overlap - 0.5) / 0.5.
+
+    Overlap: IoU of boxes or masks, OKS of keypoints, that `_evaluate` has left; below 0.5 nothing is found. Unlike AP
+    it is smooth in scores and overlaps, and an object counts alike in every image, as it does in the AP of a split.
+    """
+    overlaps = np.asarray(evaluation.ious[pair]).reshape(len(scores), -1)  # [D, G], by falling score
+    counted = [not item["ignore"] for item in evaluation._gts[pair]] if overlaps.shape[1] else []
+    worth = np.clip((overlaps[:, counted] - LEAST_OVERLAP) / (1 - LEAST_OVERLAP), 0, None)
+    return float((np.array(scores)[:, None] * worth).max(0, initial=0).sum())
 
 
 def _oks_sigmas(truth: COCO, params: Params) -> dict[int, np.ndarray]:

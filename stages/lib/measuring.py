@@ -40,7 +40,7 @@ def truths(coco: dict[str, COCO]) -> Truths:
 
 
 def uncoded_accuracies(detector: nn.Module, features: Features, truth: Truths) -> pd.DataFrame:
-    """Each image's own COCO AP with uncoded features -> rows task, split, image_id, clean.
+    """Each image's own COCO AP and utility with uncoded features -> rows task, split, image_id, clean, utility.
 
     Images without ground truth of a task have no row.
     """
@@ -48,14 +48,14 @@ def uncoded_accuracies(detector: nn.Module, features: Features, truth: Truths) -
     def measure(image_ids: list[int]) -> list[tuple]:
         pyramid = _on_device(features.pyramids(image_ids))
         return [
-            (task, features.split, image_id, value)
-            for task, (values,) in _own_accuracies(detector, [pyramid], image_ids, features, truth).items()
-            for image_id, value in zip(image_ids, values, strict=True)
+            (task, features.split, image_id, value, utility)
+            for task, ((values,), (utilities,)) in _own(detector, [pyramid], image_ids, features, truth).items()
+            for image_id, value, utility in zip(image_ids, values, utilities, strict=True)
             if not np.isnan(value)
         ]
 
     rows = [row for part in _over_batches(measure, features, f"measure uncoded {features.split}") for row in part]
-    frame = pd.DataFrame(rows, columns=["task", "split", "image_id", "clean"])
+    frame = pd.DataFrame(rows, columns=["task", "split", "image_id", "clean", "utility"])
     return frame.sort_values(["task", "image_id"], kind="stable", ignore_index=True)
 
 
@@ -68,14 +68,16 @@ def single_scale_losses(
     truth: Truths,
     uncoded: pd.DataFrame,
 ) -> pd.DataFrame:
-    """One scale coded, the others clean -> rows task, split, image_id, scale, clean, coded, drop.
+    """One scale coded, the others clean -> rows task, split, image_id, scale, clean, coded, drop, loss.
 
-    clean (of `uncoded`), coded: the image's own COCO AP; images without ground truth of a task have no row. All
+    clean (of `uncoded`), coded: the image's own COCO AP, drop their difference; loss: the utility (`accuracy`) that the
+    image's detections lose, in objects, the smooth task loss; images without ground truth of a task have no row. All
     variants of a batch of images pass the heads together. Decoding is checked against the encoder: another
     reconstruction than the ledger's raises InputError.
     """
     expected, records = _lines(ledger, features, "mse_feature"), CodedSplit(coded, features.split)
-    own = uncoded[uncoded["split"] == features.split].set_index(["task", "image_id"])["clean"].to_dict()
+    clean_rows = uncoded[uncoded["split"] == features.split].set_index(["task", "image_id"])
+    own = dict(zip(clean_rows.index, clean_rows[["clean", "utility"]].to_numpy().tolist(), strict=True))
 
     def measure(image_ids: list[int]) -> list[tuple]:
         clean = _on_device(features.pyramids(image_ids))
@@ -83,25 +85,28 @@ def single_scale_losses(
         _check_decoded(coded, image_ids, clean, decoded, expected)
         variants = [clean | {scale: decoded[scale]} for scale in SCALES]
         rows = []
-        for task, accuracies in _own_accuracies(detector, variants, image_ids, features, truth).items():
-            for image_id, values in zip(image_ids, accuracies.T, strict=True):
+        for task, (accuracies, utilities) in _own(detector, variants, image_ids, features, truth).items():
+            for image_id, values, worth in zip(image_ids, accuracies.T, utilities.T, strict=True):
                 if (task, image_id) in own:
-                    before = own[task, image_id]
+                    before, utility = own[task, image_id]
                     rows += [
-                        (task, features.split, image_id, scale, before, value, before - value)
-                        for scale, value in zip(SCALES, values, strict=True)
+                        (task, features.split, image_id, scale, before, value, before - value, utility - left)
+                        for scale, value, left in zip(SCALES, values, worth, strict=True)
                     ]
         return rows
 
     rows = [row for part in _over_batches(measure, features, f"measure {features.split}") for row in part]
-    frame = pd.DataFrame(rows, columns=["task", "split", "image_id", "scale", "clean", "coded", "drop"])
+    frame = pd.DataFrame(rows, columns=["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss"])
     return frame.sort_values(["task", "image_id", "scale"], kind="stable", ignore_index=True)
 
 
-def _own_accuracies(
+def _own(
     detector: nn.Module, variants: list[Pyramid], image_ids: list[int], features: Features, truth: Truths
-) -> dict[str, np.ndarray]:
-    """Variants of the pyramids of some images -> task -> each image's own AP [variants, images], NaN without truth."""
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Variants of the pyramids of some images -> task -> each image's own AP, NaN without truth, and utility.
+
+    Both are [variants, images].
+    """
     sizes, tasks = [features.sizes(i) for i in image_ids], set(truth.coco)
     detections = detect(detector, _stack(variants), sizes * len(variants), tasks, truth.person_ids)
     accuracies = {}
@@ -110,7 +115,8 @@ def _own_accuracies(
             [r for i, d in zip(image_ids, part, strict=True) for r in results(i, d, task, truth.person_ids)]
             for part in _chunks(detections, len(image_ids))
         ]
-        accuracies[task] = np.stack([per_image(m) for m in match_variants(coco, found, image_ids, task)])
+        matches = match_variants(coco, found, image_ids, task)
+        accuracies[task] = np.stack([per_image(m) for m in matches]), np.stack([m.utility for m in matches])
     return accuracies
 
 
