@@ -23,10 +23,11 @@ def main(
 
 
 def table(encoded: Encoded) -> str:
-    weights = ["-"] * len(SCALES) if encoded.weights is None else [f"{weight:.3f}" for weight in encoded.weights]
-    rows = [("scale", "weight", "phi", "bits")]
-    rows += zip(SCALES, weights, [f"{phi:.2f}" for phi in encoded.phi], encoded.scale_bits, strict=True)
-    lines = [f"{scale:<6}{weight:>7}{phi:>6}{bits:>9}" for scale, weight, phi, bits in rows]
+    known = encoded.sensitivity
+    sensitivities = ["-"] * len(SCALES) if known is None else [f"{value:.3f}" for value in known]
+    rows = [("scale", "sensitivity", "phi", "bits")]
+    rows += zip(SCALES, sensitivities, [f"{phi:.2f}" for phi in encoded.phi], encoded.scale_bits, strict=True)
+    lines = [f"{scale:<6}{sensitivity:>12}{phi:>6}{bits:>9}" for scale, sensitivity, phi, bits in rows]
     lines.append(f"file: {len(encoded.data)} bytes, {encoded.bpp:.4g} bpp")
     return "\n".join(lines + [f"{step}: {seconds:.3f} s" for step, seconds in encoded.seconds.items()])
 
@@ -40,5 +41,7 @@ if __name__ == "__main__":
     choice.add_argument("--phi", type=int, help="one quality for all scales, 0, 1, ...: no precoding, no MFIP")
     choice.add_argument("--lambda-prime", type=float, help="price of a bit in the allocation")
     choice.add_argument("--bpp", type=float, help="bits per pixel of the image; without: as many as the precoding has")
-    parser.add_argument("--verbose", action="store_true", help="weight, phi, bits of the scales; seconds of the steps")
+    parser.add_argument(
+        "--verbose", action="store_true", help="sensitivity, phi, bits of the scales; seconds of the steps"
+    )
     run(parser, main)

@@ -8,7 +8,10 @@ from stages.lib.params import entry, load_params
 
 
 def main(coded: Path, losses: Path, task: str, out: Path) -> None:
-    write_json(out, fit_scales(read_curves(coded, losses, list(load_params()["lambdas"]), task, "fit")))
+    params = load_params()
+    qualities = list(params["lambdas"])
+    precode = qualities.index(params["mfip"]["precode"])
+    write_json(out, fit_scales(read_curves(coded, losses, qualities, task, "fit"), precode))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Cell(NamedTuple):
     points: pd.DataFrame  # RD_POINTS
     resamples: pd.DataFrame  # RESAMPLES
     fit: dict  # of `fit_scales`
-    weights: pd.DataFrame  # split, image_id, scale, weight: predicted
+    weights: pd.DataFrame  # split, image_id, scale, weight, sensitivity: predicted
     mfip: dict  # numbers of `train_mfip`
     pixels: dict[str, float]  # mean over fit of the plane's pixels of each scale
 
@@ -48,9 +48,11 @@ def main(data: Path, reports: Path) -> None:
         for model, codec in sorted({(cell["model"], cell["codec"]) for cell in params["cells"].values()})
     }
     bd = pd.concat([tables.bd_rates(cell.points, cell.resamples) for cell in cells.values()], ignore_index=True)
+    paired_bd = pd.concat([tables.paired(cell.points, cell.resamples) for cell in cells.values()], ignore_index=True)
     codec_bd = tables.codec_bd_rates(points, {key: cell.resamples for key, cell in cells.items()})
     write_csv(reports / "rd_points.csv", points)
     write_csv(reports / "bd_rate.csv", bd)
+    write_csv(reports / "paired.csv", paired_bd)
     write_csv(reports / "codec_bd_rate.csv", codec_bd)
     feature_bd = tables.feature_bd_rates({key: rate_distortion for key, (rate_distortion, _) in coders.items()})
     write_csv(reports / "codec_feature_bd_rate.csv", feature_bd)
@@ -58,7 +60,7 @@ def main(data: Path, reports: Path) -> None:
     fits, mfip = ({key: getattr(cell, name) for key, cell in cells.items()} for name in ("fit", "mfip"))
     for name, found in (
         ("rd_points", tables.rd_points_tables(points)),
-        ("bd_rate", tables.bd_rate_tables(points, bd, codec_bd, fits, mfip)),
+        ("bd_rate", tables.bd_rate_tables(points, bd, paired_bd, codec_bd, fits, mfip)),
     ):
         write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
         write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))
@@ -75,7 +77,7 @@ def read_cell(data: Path, model: str, codec: str, task: str, quality: str) -> Ce
     if set(pixels.index) != set(SCALES):
         raise InputError(f"{data / 'coded' / place / quality}.csv: split 'fit' lacks a scale; run compress again")
     fit = read_json(data / "loss_rate" / place / f"{task}.json")
-    weights = _read(data / "mfip" / place / f"{task}.csv", ["split", "image_id", "scale", "weight"])
+    weights = _read(data / "mfip" / place / f"{task}.csv", ["split", "image_id", "scale", "weight", "sensitivity"])
     mfip = read_json(data / "mfip" / place / f"{task}.json")
     return Cell(points, resamples, fit, weights, mfip, pixels.reindex(SCALES).to_dict())
 

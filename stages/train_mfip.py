@@ -1,4 +1,4 @@
-"""Decoded precodings + drops of `fit` -> MFIP of each task, its weights for fit and test, and its held-out error."""
+"""Pyramids + losses of `fit` -> MFIP of each task, what it predicts for fit and test, and its held-out error."""
 
 from pathlib import Path
 
@@ -7,53 +7,60 @@ import pandas as pd
 import torch
 
 from stages.lib import mfip
-from stages.lib.coding import CodedSplit, FeatureCodec, load_codec
+from stages.lib.features import Features
 from stages.lib.files import atomic, write_csv, write_json
-from stages.lib.loss_rate import importance_labels, read_curves
+from stages.lib.loss_rate import importance_labels, read_curves, sensitivity_labels
+from stages.lib.models import DEVICE, load_model
 from stages.lib.params import SCALES, entry, load_params, tasks_of
 from stages.lib.shards import map_shards
 
 Described = list[tuple[list[int], np.ndarray]]  # batches: image ids, what `mfip.describe` says of their pyramids
 
 
-def main(coded: Path, losses: Path, codec: Path, model: str, codec_name: str, out: Path) -> None:
-    """Folders of <q>.h5 and <q>.csv, a codec's file -> <task>.pt (network), .json (errors) and .csv (weights) in `out`.
+def main(features: Path, weights: Path, coded: Path, losses: Path, model: str, codec_name: str, out: Path) -> None:
+    """Features, detector, folders of <q>.csv -> <task>.pt (network), .json (errors) and .csv (predictions) in `out`.
 
-    The weights of `fit` images with ground truth are out of fold: predicted without their own labels, so they are as
-    good, or bad, as those of `test`. No label of `test` is read.
+    What is predicted of `fit` images with ground truth is out of fold: without their own labels, so it is as good, or
+    bad, as that of `test`. No label of `test` is read.
     """
     params = load_params()
-    precoded, feature_codec = coded / f"{params['mfip']['precode']}.h5", load_codec(codec)
-    fit, test = (_described(precoded, feature_codec, split) for split in ("fit", "test"))
+    proposer = load_model(weights, params["models"][model]).rpn.head
+    fit, test = (_described(Features(features, split), proposer) for split in ("fit", "test"))
     with atomic(out) as scratch:
         for task in tasks_of(params, model, codec_name):
             curves = read_curves(coded, losses, list(params["lambdas"]), task, "fit")
-            labels = dict(zip(curves.image_ids.tolist(), importance_labels(curves.drop), strict=True))
-            trained = mfip.train(fit, labels, params["mfip"], params["seed"])
-            tables = [_table("fit", trained.image_ids, trained.weights)]
+            labels, sensitivities = (
+                dict(zip(curves.image_ids.tolist(), found, strict=True))
+                for found in (importance_labels(curves.drop), sensitivity_labels(curves.loss))
+            )
+            trained = mfip.train(fit, labels, sensitivities, params["mfip"], params["seed"])
+            tables = [_table("fit", trained.image_ids, trained.weights, trained.sensitivity)]
             with torch.inference_mode():
                 for image_ids, statistics in test:
-                    weights = trained.model.log_weights(torch.from_numpy(statistics)).exp().numpy()
-                    tables.append(_table("test", image_ids, weights))
+                    predicted = (found.numpy() for found in trained.model(torch.from_numpy(statistics)))
+                    tables.append(_table("test", image_ids, *predicted))
             mfip.save(scratch / f"{task}.pt", trained.model)
             write_csv(scratch / f"{task}.csv", pd.concat(tables).sort_values(["split", "image_id", "scale"]))
             write_json(scratch / f"{task}.json", trained.report)
 
 
-def _described(coded: Path, feature_codec: FeatureCodec, split: str) -> Described:
-    records = CodedSplit(coded, split)
-    batches = list(records.batches())
-    described = map_shards(lambda ids: mfip.describe(records.decode(ids, feature_codec)).cpu().numpy(), batches)
-    return list(zip(batches, described, strict=True))
+def _described(features: Features, proposer: torch.nn.Module) -> Described:
+    def describe(image_ids: list[int]) -> np.ndarray:
+        pyramid = {scale: maps.to(DEVICE) for scale, maps in features.pyramids(image_ids).items()}
+        return mfip.describe(pyramid, proposer).cpu().numpy()
+
+    batches = list(features.batches())
+    return list(zip(batches, map_shards(describe, batches), strict=True))
 
 
-def _table(split: str, image_ids: list[int] | np.ndarray, weights: np.ndarray) -> pd.DataFrame:
+def _table(split: str, image_ids: list[int] | np.ndarray, weights: np.ndarray, sensitivity: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "split": split,
             "image_id": np.repeat(image_ids, len(SCALES)),
             "scale": np.tile(SCALES, len(image_ids)),
             "weight": weights.ravel(),
+            "sensitivity": sensitivity.ravel(),
         }
     )
 

@@ -11,13 +11,24 @@ from scipy.optimize import minimize
 from stages import allocate as allocate_stage
 from stages import fit_loss_rate
 from stages.lib import allocation
-from stages.lib.allocation import allocate, closed_form, mfiba, operating_points, oracle, rate_targets, static, upstream
+from stages.lib.allocation import (
+    Importance,
+    allocate,
+    closed_form,
+    mfiba,
+    mfiba_closed_form,
+    operating_points,
+    oracle,
+    rate_targets,
+    static,
+    upstream,
+)
 from stages.lib.files import read_csv, write_csv
 from stages.lib.loss_rate import Curves, fit_scales
 from stages.lib.params import SCALES, InputError
 
-N, K = 12, 4
-METHODS = ["uniform", "static", "upstream_predicted", "mfiba", "upstream_measured", "oracle"]
+N, K, PRECODE = 12, 4, 1
+METHODS = ["uniform", "static", "upstream_predicted", "mfiba_closed_form", "mfiba", "upstream_measured", "oracle"]
 
 
 def make_curves(seed: int, n: int = N) -> Curves:
@@ -26,11 +37,12 @@ def make_curves(seed: int, n: int = N) -> Curves:
     rate = np.cumsum(rng.uniform(0.1, 0.6, (n, 5, K)), 2) + 0.05
     sensitivity = rng.dirichlet(np.ones(5), n)[:, :, None]
     drop = 0.2 * sensitivity * rate**-0.7 + rng.normal(0, 0.01, rate.shape)
+    loss = 3 * drop + rng.normal(0, 0.02, rate.shape)
     clean = rng.uniform(0.2, 0.9, n)
-    drop[1], clean[1] = np.nan, np.nan
+    drop[1], loss[1], clean[1] = np.nan, 0, np.nan
     drop[2], clean[2] = 0, 0
     bits = np.round(rate * pixels[:, :, None]) + 1
-    return Curves(np.arange(n) * 3 + 5, drop, clean, bits, pixels, 1e-3 * rate**-0.8)
+    return Curves(np.arange(n) * 3 + 5, drop, loss, clean, bits, pixels, 1e-3 * rate**-0.8)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +52,13 @@ def evaluated():
 
 @pytest.fixture(scope="module")
 def fit():
-    return fit_scales(make_curves(1, 40))
+    return fit_scales(make_curves(1, 40), PRECODE)
 
 
 @pytest.fixture(scope="module")
-def weights():
-    return np.random.default_rng(3).dirichlet(np.ones(5), N)
+def importance():
+    rng = np.random.default_rng(3)
+    return Importance(rng.dirichlet(np.ones(5), N), rng.uniform(0.05, 3, (N, 5)))
 
 
 def test_equal_weights_and_models_give_equal_rates():
@@ -80,18 +93,79 @@ def test_no_weight_means_no_rate():
     assert rate[0, 0] == 0 and (rate[0, 1:] > 0).all()
 
 
-def test_mfiba_rounds_the_inverted_rate_to_a_precoded_quality():
+def test_the_closed_form_is_rounded_to_a_precoded_quality():
     # alpha = 1, beta = -1, rho = 1, lambda' = 0.01 -> R = sqrt(w / 0.01) = 10 sqrt(w); phi = (R - 1) / 2
     weights = np.array([[0.64, 0.25, 0.09, 0.02, 0.0]])
     one = np.ones(5)
-    phi = mfiba(weights, one, -one, np.ones((1, 5)), 2 * one, one, 4, 0.01)
+    phi = mfiba_closed_form(weights, one, -one, np.ones((1, 5)), 2 * one, one, 4, 0.01)
     assert phi.tolist() == [[3, 2, 1, 0, 0]]  # 3.5 clipped, 2, 1, 0.21, -0.5 clipped
 
 
-def test_mfiba_with_a_rate_that_does_not_rise_stays_in_range(weights):
+def test_the_closed_form_of_a_rate_that_does_not_rise_stays_in_range(importance):
     slope = np.array([0.0, -0.1, 0.2, 0.2, 0.2])
-    phi = mfiba(weights, np.ones(5), -np.ones(5), np.ones((N, 5)), slope, 0.1 * np.ones(5), K, 0.1)
+    phi = mfiba_closed_form(
+        importance.weights, np.ones(5), -np.ones(5), np.ones((N, 5)), slope, 0.1 * np.ones(5), K, 0.1
+    )
     assert np.isin(phi, np.arange(K)).all()
+
+
+PRICES = [1e-9, *np.geomspace(1e-6, 1e-1, 40), 1.0]
+
+
+def test_mfiba_is_the_least_of_predicted_loss_and_price(evaluated, fit, importance):
+    precoded = evaluated.bits[:, :, PRECODE]
+    choose, seen = mfiba(importance.sensitivity, precoded, fit, PRECODE), set()
+    for lambda_prime in PRICES:
+        phi = choose(lambda_prime)
+        for n, (s, scale) in product(range(N), enumerate(SCALES)):
+            slope, offset = fit["rate"][scale]["slope"], fit["rate"][scale]["offset"]
+            loss = [importance.sensitivity[n, s] * mean for mean in fit["mean"][scale]["loss"]]
+            bits = [np.exp(offset[q]) * precoded[n, s] ** slope[q] for q in range(K)]
+            assert bits == sorted(bits)
+            costs = [loss[q] + lambda_prime * bits[q] for q in range(K)]
+            assert phi[n, s] == costs.index(min(costs))
+            seen.add(phi[n, s])
+    assert seen == set(range(K))
+
+
+def test_mfiba_takes_the_fewest_bits_of_ties():
+    models = {"mean": {"loss": [2.0, 1, 1, 0]}, "rate": {"slope": [1, 1, 1, 0.5], "offset": [0.0] * 4}}
+    fit = {name: dict.fromkeys(SCALES, values) for name, values in models.items()}
+    choose = mfiba(np.array([[1.0, 1, 2, 3, 0]]), np.full((1, 5), 100.0), fit, 0)  # 100 bits at any quality
+    assert choose(1e-3).tolist() == [[3, 3, 3, 3, 0]]
+
+
+def test_mfiba_knows_no_coding_but_the_first(evaluated, fit, importance):
+    other = evaluated.bits * 1.5
+    other[:, :, PRECODE] = evaluated.bits[:, :, PRECODE]
+    for lambda_prime in PRICES:
+        first, second = (
+            allocation.label_free(bits, evaluated.pixels, fit, importance, PRECODE)["mfiba"](lambda_prime)
+            for bits in (evaluated.bits, other)
+        )
+        assert (first == second).all()
+
+
+def test_more_sensitivity_never_lowers_phi(evaluated, fit, importance):
+    bits, k = evaluated.bits[:, :, PRECODE], importance.sensitivity
+    raised = k * np.where(np.arange(5) == 2, 1.7, 1)
+    once, twice, one_scale = (mfiba(sensitivity, bits, fit, PRECODE) for sensitivity in (k, 2 * k, raised))
+    higher = np.zeros((N, 5), bool)
+    for lambda_prime in PRICES:
+        phi = once(lambda_prime)
+        assert (twice(lambda_prime) >= phi).all()
+        assert (twice(2 * lambda_prime) == phi).all()  # what counts is sensitivity / price
+        moved = one_scale(lambda_prime) - phi
+        assert (moved[:, 2] >= 0).all() and (np.delete(moved, 2, 1) == 0).all()
+        higher |= twice(lambda_prime) > phi
+    assert higher.all()
+
+
+def test_of_equal_images_the_one_of_twice_the_sensitivity_gets_at_least_as_much(evaluated, fit):
+    bits, share = np.tile(evaluated.bits[:1, :, PRECODE], (2, 1)), np.array([[1.0], [2.0]])
+    choose = mfiba(share * np.array([0.2, 0.7, 1, 1.4, 2]), bits, fit, PRECODE)
+    phi = np.array([choose(lambda_prime) for lambda_prime in PRICES])  # [prices, 2, 5]
+    assert (phi[:, 1] >= phi[:, 0]).all() and (phi[:, 1] > phi[:, 0]).any((0, 1)).all()
 
 
 @pytest.mark.parametrize("lambda_prime", [1e-9, 1e-5, 1e-4, 1e-3, 1.0])
@@ -104,17 +178,16 @@ def test_static_is_the_best_of_all_fixed_vectors(lambda_prime):
     assert static(drop, bits, lambda_prime).tolist() == list(best)
 
 
-def test_oracle_takes_the_fewest_bits_of_ties_and_the_lowest_without_label():
-    drop = np.zeros((2, 5, 3))
-    drop[0, 0] = [0.3, 0.1, 0.1]
-    drop[0, 1] = [0.3, 0.2, 0.1]
-    drop[0, 2] = [0.1, 0.2, 0.3]  # coding better makes it worse
-    drop[1] = np.nan
+def test_oracle_takes_the_fewest_bits_of_ties_and_the_lowest_where_nothing_is_to_lose():
+    loss = np.zeros((2, 5, 3))
+    loss[0, 0] = [0.3, 0.1, 0.1]
+    loss[0, 1] = [0.3, 0.2, 0.1]
+    loss[0, 2] = [0.1, 0.2, 0.3]  # coding better makes it worse
     bits = np.tile([10.0, 20.0, 30.0], (2, 5, 1))
     bits[0, 3] = [20, 10, 30]  # quality 1 is the cheapest of equals
-    assert oracle(drop, bits, 1e-30).tolist() == [[1, 2, 0, 1, 0], [0] * 5]
-    assert oracle(drop, bits, 1e30).tolist() == [[0, 0, 0, 1, 0], [0] * 5]
-    assert oracle(drop, bits, 0.015).tolist() == [[1, 0, 0, 1, 0], [0] * 5]
+    assert oracle(loss, bits, 1e-30).tolist() == [[1, 2, 0, 1, 0], [0] * 5]
+    assert oracle(loss, bits, 1e30).tolist() == [[0, 0, 0, 1, 0], [0] * 5]
+    assert oracle(loss, bits, 0.015).tolist() == [[1, 0, 0, 1, 0], [0] * 5]
 
 
 def test_upstream_weights_of_a_small_example():
@@ -158,15 +231,21 @@ def test_upstream_against_plain_loops(evaluated, fit):
             distance = [abs(evaluated.bits[n, s, q] / evaluated.pixels[n, s] - t) for q in range(K)]
             row.append(distance.index(min(distance)))
         expected.append(row)
-    choose = allocation.label_aware(*evaluated[1:5], fit)["upstream_measured"]
+    choose = allocation.label_aware(evaluated, fit)["upstream_measured"]
     assert choose(lam).tolist() == expected
     assert len({phi for row in expected for phi in row}) > 2
 
 
-def test_upstream_at_no_price_takes_the_highest_quality_and_at_any_price_the_lowest(evaluated, fit, weights):
+def test_the_bound_is_that_of_the_smooth_loss(evaluated, fit):
+    choose = allocation.label_aware(evaluated, fit)["oracle"]
+    assert (choose(1e-4) == oracle(evaluated.loss, evaluated.bits, 1e-4)).all()
+    assert (choose(1e-4) != oracle(np.nan_to_num(evaluated.drop), evaluated.bits, 1e-4)).any()
+
+
+def test_upstream_at_no_price_takes_the_highest_quality_and_at_any_price_the_lowest(evaluated, fit, importance):
     a, b = allocation.column(fit, "upstream", "a"), allocation.column(fit, "upstream", "b")
-    assert (upstream(weights, a, b, evaluated.bpp_plane, 1e-30) == K - 1).all()
-    assert (upstream(weights, a, b, evaluated.bpp_plane, 1e30) == 0).all()
+    assert (upstream(importance.weights, a, b, evaluated.bpp_plane, 1e-30) == K - 1).all()
+    assert (upstream(importance.weights, a, b, evaluated.bpp_plane, 1e30) == 0).all()
 
 
 def test_targets_span_uniform_lowest_to_highest(evaluated):
@@ -175,9 +254,9 @@ def test_targets_span_uniform_lowest_to_highest(evaluated):
     assert np.diff(np.log(targets)) == approx(np.log(targets[-1] / targets[0]) / 4)
 
 
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
-def test_points_are_the_most_bits_not_above_the_target(evaluated, fit, weights, size):
-    choose = allocation.label_free(evaluated.bits, evaluated.pixels, fit, weights)["mfiba"]
+@pytest.mark.parametrize("method, size", [("mfiba", 1e-12), ("mfiba_closed_form", 1.0), ("mfiba", 1e12)])
+def test_points_are_the_most_bits_not_above_the_target(evaluated, fit, importance, method, size):
+    choose = allocation.label_free(evaluated.bits, evaluated.pixels, fit, importance, PRECODE)[method]
     targets = rate_targets(evaluated.bits, 6)
     found = operating_points(lambda lambda_prime: choose(lambda_prime / size), evaluated.bits, targets)
     reached = [allocation.mean_bits_per_image(point.phi, evaluated.bits) for point in found]
@@ -200,8 +279,8 @@ def test_a_method_that_saturates_gives_its_nearest_end_once(evaluated):
 
 
 @pytest.fixture(scope="module")
-def table(evaluated, fit, weights):
-    return allocate(evaluated, fit, weights, 6)
+def table(evaluated, fit, importance):
+    return allocate(evaluated, fit, importance, PRECODE, 6)
 
 
 def test_every_method_gives_every_image_and_scale_a_precoded_quality(table, evaluated):
@@ -232,38 +311,49 @@ def rows_of(table, method):
     return table[table["method"] == method].reset_index(drop=True)
 
 
-def test_only_label_aware_methods_see_the_drops_of_test(evaluated, fit, weights, table):
+def changed(table, other):
+    return [m for m in METHODS if not rows_of(table, m).equals(rows_of(other, m))]
+
+
+def test_only_label_aware_methods_see_what_test_loses(evaluated, fit, importance, table):
     order = np.random.default_rng(0).permutation(N)
-    shuffled = evaluated._replace(drop=evaluated.drop[order], clean=evaluated.clean[order])
-    other = allocate(shuffled, fit, weights, 6)
-    assert [m for m in METHODS if not rows_of(table, m).equals(rows_of(other, m))] == ["upstream_measured", "oracle"]
+    measured = {name: getattr(evaluated, name)[order] for name in ("drop", "loss", "clean")}
+    other = allocate(evaluated._replace(**measured), fit, importance, PRECODE, 6)
+    assert changed(table, other) == ["upstream_measured", "oracle"]
 
 
-def test_predicted_weights_reach_only_the_methods_that_predict(evaluated, fit, weights, table):
-    other = allocate(evaluated, fit, weights[::-1], 6)
-    assert [m for m in METHODS if not rows_of(table, m).equals(rows_of(other, m))] == ["upstream_predicted", "mfiba"]
+@pytest.mark.parametrize(
+    "what, methods", [("weights", ["upstream_predicted", "mfiba_closed_form"]), ("sensitivity", ["mfiba"])]
+)
+def test_predictions_reach_only_the_methods_that_predict(what, methods, evaluated, fit, importance, table):
+    other = importance._replace(**{what: getattr(importance, what)[::-1]})
+    assert changed(table, allocate(evaluated, fit, other, PRECODE, 6)) == methods
 
 
-def test_a_loss_rate_model_of_other_qualities_is_refused(evaluated, fit, weights):
+def test_a_loss_rate_model_of_other_qualities_is_refused(evaluated, fit, importance):
     short = evaluated._replace(drop=evaluated.drop[:, :, 1:], bits=evaluated.bits[:, :, 1:])
     with pytest.raises(InputError, match="4 qualities, the coded images 3"):
-        allocate(short, fit, weights, 6)
+        allocate(short, fit, importance, PRECODE, 6)
 
 
-def test_weights_are_read_by_image_and_scale(tmp_path, weights):
+def test_importance_is_read_by_image_and_scale(tmp_path, importance):
     ids = np.arange(N) + 1
-    frame = pd.DataFrame(
-        {"image_id": np.repeat(ids, 5), "split": "test", "scale": list(SCALES) * N, "weight": weights.ravel()}
-    )
-    other = frame.assign(split="fit", weight=0.2)
+    frame = pd.DataFrame({"image_id": np.repeat(ids, 5), "split": "test", "scale": list(SCALES) * N})
+    frame = frame.assign(weight=importance.weights.ravel(), sensitivity=importance.sensitivity.ravel())
+    other = frame.assign(split="fit", weight=0.2, sensitivity=1)
     file = tmp_path / "mfip.csv"
     write_csv(file, pd.concat([other, frame.sample(frac=1, random_state=0)]))
-    assert (allocation.read_weights(file, "test", ids) == weights).all()
+    read = allocation.read_importance(file, "test", ids)
+    assert (read.weights == importance.weights).all() and (read.sensitivity == importance.sensitivity).all()
     with pytest.raises(InputError, match="mfip.csv"):
-        allocation.read_weights(file, "test", ids + 1)
-    write_csv(file, frame.assign(weight=-0.1))
-    with pytest.raises(InputError, match="mfip.csv.*-0.1"):
-        allocation.read_weights(file, "test", ids)
+        allocation.read_importance(file, "test", ids + 1)
+    for column in ("weight", "sensitivity"):
+        write_csv(file, frame.assign(**{column: -0.1}))
+        with pytest.raises(InputError, match=f"mfip.csv.*{column}.*-0.1"):
+            allocation.read_importance(file, "test", ids)
+        write_csv(file, frame.drop(columns=column))
+        with pytest.raises(InputError, match=f"mfip.csv.*{column}"):
+            allocation.read_importance(file, "test", ids)
 
 
 def test_the_stages_turn_tables_into_a_table(tmp_path, monkeypatch):
@@ -278,9 +368,9 @@ def test_the_stages_turn_tables_into_a_table(tmp_path, monkeypatch):
         write_csv(Path("coded", f"{name}.csv"), head.assign(bits=(64 * rate).round() + 8, pixels=64, mse=0.01 / rate))
         write_csv(
             Path("losses", f"{name}.csv"),
-            head.assign(task="detection", clean=0.6, coded=0.6 - 0.1 / rate, drop=0.1 / rate),
+            head.assign(task="detection", clean=0.6, coded=0.6 - 0.1 / rate, drop=0.1 / rate, loss=0.2 / rate),
         )
-    write_csv(Path("mfip.csv"), head.assign(weight=0.2))
+    write_csv(Path("mfip.csv"), head.assign(weight=0.2, sensitivity=1.0))
     fit_loss_rate.main(Path("coded"), Path("losses"), "detection", Path("fit.json"))
     allocate_stage.main(
         Path("coded"), Path("losses"), Path("fit.json"), Path("mfip.csv"), "detection", Path("allocations.csv")

@@ -5,7 +5,7 @@ import pytest
 from pytest import approx
 from scipy.interpolate import PchipInterpolator
 
-from stages.lib.bd_rate import Curve, bd_rate, interval, pareto
+from stages.lib.bd_rate import Curve, bd_rate, bd_rates_of_resamples, interval, pareto
 
 RATE = np.array([1e4, 2e4, 4e4, 7e4, 1.2e5, 2e5])
 AP = np.array([0.10, 0.22, 0.31, 0.37, 0.40, 0.42])
@@ -88,6 +88,16 @@ def test_all_zero_curves_give_nan():
     zero = Curve(RATE, AP * 0)
     result = bd_rate(zero, zero)
     assert np.isnan(result.pchip) and result.overlap == 0 and "too few points" in result.flags
+
+
+def test_resamples_have_the_bd_rates_of_their_curves():
+    rng = np.random.default_rng(0)
+    rows = [RATE * rng.uniform(0.9, 1.1, (6, 1)), AP + rng.normal(0, 0.01, (6, 6))]
+    rows += [0.8 * RATE * rng.uniform(0.9, 1.1, (6, 1)), AP + rng.normal(0, 0.01, (6, 6))]
+    rows[3][2], rows[1][4] = 0, rows[1][4] + 1  # a flat curve, no shared accuracy
+    expected = [bd_rate(Curve(*part[:2]), Curve(*part[2:])).pchip for part in zip(*rows, strict=True)]
+    found = bd_rates_of_resamples(*rows)
+    assert found == approx(np.array(expected), nan_ok=True) and np.flatnonzero(np.isnan(found)).tolist() == [2, 4]
 
 
 def test_interval_of_equal_resamples_is_the_number():

@@ -7,7 +7,18 @@ import pytest
 from pytest import approx
 
 from stages.lib.files import write_csv
-from stages.lib.loss_rate import Curves, fit_power, fit_scales, importance_labels, read_curves, read_table
+from stages.lib.loss_rate import (
+    Curves,
+    fit_power,
+    fit_scales,
+    importance_labels,
+    mean_loss,
+    predicted_bits,
+    read_curves,
+    read_table,
+    rivals,
+    sensitivity_labels,
+)
 from stages.lib.params import SCALES, InputError
 
 LAMBDAS = ["q1", "q2", "q3"]
@@ -30,6 +41,7 @@ def folders(tmp_path):
                     head = {"split": split, "image_id": image_id + 100 * (split == "test"), "scale": scale}
                     rows.append(head | measured(image_id, s, q))
                     drop = {"clean": image_id / 50, "coded": 0, "drop": image_id + s / 10 + q / 100}
+                    drop["loss"] = 1 - drop["drop"]
                     drops += [{"task": task, **head, **drop} for task in ("keypoints", "detection") if image_id != 12]
         write_csv(coded / f"{name}.csv", pd.DataFrame(rows))
         write_csv(losses / f"{name}.csv", pd.DataFrame(drops))
@@ -39,7 +51,7 @@ def folders(tmp_path):
 def test_curves_hold_every_row_in_rising_image_id(folders):
     curves = read_curves(*folders, LAMBDAS, "detection", "fit")
     assert curves.image_ids.tolist() == IDS
-    assert curves.bits.shape == curves.drop.shape == curves.mse.shape == (4, 5, 3)
+    assert curves.bits.shape == curves.drop.shape == curves.loss.shape == curves.mse.shape == (4, 5, 3)
     for n, image_id in enumerate(IDS):
         for s in range(5):
             for q in range(3):
@@ -49,12 +61,14 @@ def test_curves_hold_every_row_in_rising_image_id(folders):
                 assert curves.bpp_plane[n, s, q] == expected["bits"] / expected["pixels"]
                 if image_id != 12:
                     assert curves.drop[n, s, q] == image_id + s / 10 + q / 100
+                    assert curves.loss[n, s, q] == 1 - curves.drop[n, s, q]
 
 
-def test_images_without_ground_truth_keep_their_bits_only(folders):
+def test_images_without_ground_truth_keep_their_bits_and_have_nothing_to_lose(folders):
     curves = read_curves(*folders, LAMBDAS, "detection", "test")
     assert curves.labelled.tolist() == [True, True, False, True]
     assert np.isnan(curves.drop[2]).all() and np.isnan(curves.clean[2]) and np.isfinite(curves.bits[2]).all()
+    assert (curves.loss[2] == 0).all() and np.isfinite(curves.loss).all()
 
 
 def change(file, **how):
@@ -72,6 +86,8 @@ def change(file, **how):
         (0, "q3.csv", lambda f: f.assign(bits=f.bits.where(f.bits != f.bits[f.split == "fit"].min(), 0))),
         (0, "q2.csv", lambda f: f.assign(mse=np.nan)),
         (1, "q2.csv", lambda f: f.drop(columns="drop")),
+        (1, "q2.csv", lambda f: f.drop(columns="loss")),
+        (1, "q3.csv", lambda f: f.assign(loss=np.nan)),
         (1, "q3.csv", lambda f: f[f.task != "detection"]),
         (1, "q2.csv", lambda f: f[f.scale != "pool"]),
         (1, "q3.csv", lambda f: f[f.image_id != 7]),
@@ -116,6 +132,105 @@ def test_unlabelled_images_have_no_label():
         warnings.simplefilter("error")
         labels = importance_labels(drop)
     assert np.isnan(labels[1]).all() and np.isfinite(labels[[0, 2]]).all()
+
+
+def test_the_mean_loss_is_never_below_0_nor_rises_in_quality():
+    loss = np.zeros((2, 5, 4))
+    loss[:, 0] = [[5, 1, 3, 0], [3, 1, 1, 0]]  # mean 4, 1, 2, 0
+    loss[:, 1] = [[1, -3, 0, -1], [1, 1, 0, 0]]  # mean 1, -1, 0, -0.5
+    assert mean_loss(loss)[:2].tolist() == [[4, 2, 2, 0], [1, 0, 0, 0]]
+    mean = mean_loss(np.random.default_rng(0).normal(0.1, 1, (9, 5, 6)))
+    assert (mean >= 0).all() and (np.diff(mean) <= 0).all() and (mean > 0).any()
+
+
+def test_sensitivities_are_how_many_times_the_mean_an_image_loses():
+    rng = np.random.default_rng(0)
+    k = rng.uniform(-0.5, 3, (30, 5))
+    k /= k.mean(0)
+    shape = np.sort(rng.uniform(0, 1, (5, 4)))[:, ::-1]
+    loss = k[:, :, None] * shape
+    assert sensitivity_labels(loss) == approx(k)
+    loss[:, 3] = 0  # nothing is lost on average
+    assert sensitivity_labels(loss)[:, [2, 3]] == approx(np.stack([k[:, 2], np.ones(30)], 1))
+
+    loss += rng.normal(0, 0.2, loss.shape)
+    found, mean = sensitivity_labels(loss), mean_loss(loss)
+    for n, s in ((0, 0), (7, 3)):
+        slope, *_ = np.linalg.lstsq(mean[s][:, None], loss[n, s], rcond=None)
+        assert found[n, s] == approx(slope.item())
+
+
+def rates_only(bits):
+    """Curves of [n, 5, K] bits on planes of one pixel, with drops and losses that no fit finds doubtful."""
+    n = len(bits)
+    return Curves(np.arange(n), 1 / bits, 1 / bits, np.ones(n), bits, np.ones((n, 5)), 1 / bits)
+
+
+def test_bits_that_are_a_power_of_the_precodings_are_predicted_exactly():
+    rng = np.random.default_rng(0)
+    precode, known = 1, rng.uniform(200, 5000, (40, 5))
+    slope = np.array([0.9, 1, 1.05, 1.1]) + 0.02 * np.arange(5)[:, None] * (np.arange(4) != precode)
+    gain = np.array([0.2, 1, 2, 4])
+    bits = gain * known[:, :, None] ** slope
+    rate = fit_scales(rates_only(bits), precode)["rate"]
+    for s, scale in enumerate(SCALES):
+        assert rate[scale]["slope"] == approx(slope[s]) and rate[scale]["offset"] == approx(np.log(gain), abs=1e-9)
+        assert rate[scale]["error"] == approx(np.zeros(4), abs=1e-9)
+    new = rng.uniform(200, 5000, (10, 5))
+    predicted = predicted_bits(new, rate, precode)
+    assert predicted == approx(gain * new[:, :, None] ** slope)
+    assert (predicted[:, :, precode] == new).all()
+
+
+def test_predicted_bits_never_fall_in_quality():
+    rate = dict.fromkeys(SCALES, {"slope": [1, 1, 0.5, 1], "offset": np.log([0.5, 1, 20, 1.5]).tolist()})
+    predicted = predicted_bits(np.array([[100.0] * 5, [1e4] * 5]), rate, 1)
+    assert predicted[0, 0] == approx([50, 100, 200, 200]) and predicted[1, 4] == approx([5e3, 1e4, 1e4, 1.5e4])
+
+
+def test_the_error_of_predicted_bits_is_held_out():
+    rng = np.random.default_rng(1)
+    bits = np.exp(rng.normal(7, 1, (23, 1)) + [0, 1, 2] + rng.normal(0, 0.1, (23, 3)))
+    rate = fit_scales(rates_only(np.tile(bits[:, None], (1, 5, 1))), 0)["rate"]["2"]
+    errors = np.zeros((23, 3))
+    for n in range(23):
+        others = np.arange(23) % 5 != n % 5
+        for q in range(3):
+            line = np.polyfit(np.log(bits[others, 0]), np.log(bits[others, q]), 1)
+            errors[n, q] = np.exp(np.polyval(line, np.log(bits[n, 0]))) / bits[n, q] - 1
+    assert rate["error"] == approx(np.abs(errors).mean(0), abs=1e-9) and rate["error"][0] == approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("model", ["power", "power_offset", "exponential", "mse", "quality", "quality_sensitivity"])
+def test_each_rival_wins_on_data_of_its_own(model):
+    rng = np.random.default_rng(0)
+    rate = rng.uniform(0.8, 1.25, (60, 5, 1)) * np.geomspace(0.1, 3, 6)
+    mse = rng.uniform(0.5, 2, rate.shape) / rate
+    steps = np.array([9.0, 7, 6.5, 3, 2.9, 1])
+    loss = {
+        "power": 2 * rate**-0.7,
+        "power_offset": 0.5 * rate**-0.7 + 3,
+        "exponential": 2 * np.exp(-0.8 * rate),
+        "mse": 0.3 * mse,
+        "quality": steps + 0 * rate,
+        "quality_sensitivity": steps * rng.uniform(0.2, 2, (60, 1, 1)) + 0 * rate,
+    }[model]
+    drop = np.full(rate.shape, np.nan)  # not read
+    found = rivals(Curves(np.arange(60), drop, loss, np.ones(60), rate * 64, np.full((60, 5), 64.0), mse), 1)
+    assert found[model] > 0.98
+    equal = {model, "quality_sensitivity"} | ({"power_offset"} if model == "power" else set())  # it knows the image
+    assert all(r2 < found[model] - 0.01 for other, r2 in found.items() if other not in equal)
+
+
+def test_rivals_are_held_out():
+    loss = np.zeros((10, 5, 2))
+    loss[:, 1] = np.random.default_rng(0).normal(3, 1, (10, 2))
+    ones = np.ones(loss.shape)
+    curves = Curves(np.arange(10), ones, loss, np.ones(10), ones, np.ones((10, 5)), ones)
+    left = np.array([loss[np.arange(10) % 5 != n % 5, 1].mean(0) for n in range(10)])
+    expected = 1 - ((loss[:, 1] - left) ** 2).mean() / loss[:, 1].var()
+    assert rivals(curves, 1)["quality"] == approx(expected)
+    assert set(rivals(curves, 0).values()) == {None}  # nothing to explain
 
 
 def power_data(alpha, beta, noise=0.0, n=60):
@@ -197,12 +312,13 @@ def curves():
     sensitivity = rng.dirichlet(np.ones(5), n)
     drop = sensitivity[:, :, None] * 0.1 * rate**-0.8 + rng.normal(0, 0.001, rate.shape)
     clean = rng.uniform(0.2, 0.9, n)
-    drop[[4, 8]], clean[[4, 8]] = np.nan, np.nan
-    return Curves(np.arange(n), drop, clean, rate * pixels[:, :, None], pixels, mse)
+    loss = 10 * drop
+    drop[[4, 8]], clean[[4, 8]], loss[[4, 8]] = np.nan, np.nan, 0
+    return Curves(np.arange(n), drop, loss, clean, rate * pixels[:, :, None], pixels, mse)
 
 
 def test_scales_are_fitted_to_what_made_them(curves):
-    fit = fit_scales(curves)
+    fit = fit_scales(curves, 2)
     assert (fit["n_images"], fit["n_labelled"]) == (40, 38)
     column = {model: {k: [fit[model][s][k] for s in SCALES] for k in "ab"} for model in ("upstream", "rate_phi")}
     assert column["upstream"]["a"] == approx([10, 11, 22, 25, 9], rel=1e-4)
@@ -213,12 +329,14 @@ def test_scales_are_fitted_to_what_made_them(curves):
     assert sum(fit["label"][s]["mean"] for s in SCALES) == approx(1)
     assert fit["mean"]["2"]["drop"] == approx(np.nanmean(curves.drop[:, 2], 0))
     assert fit["mean"]["pool"]["bits"] == approx(curves.bits[:, 4].mean(0))
+    assert fit["mean"]["2"]["loss"] == approx(np.nanmean(10 * curves.drop[:, 2], 0) * 38 / 40)
+    assert fit["rivals"]["2"] == rivals(curves, 2)
 
 
 def test_the_fit_is_valid_json_and_loud(curves):
-    flat = curves._replace(drop=curves.drop * 0, bits=np.full_like(curves.bits, 8.0))
+    flat = curves._replace(drop=curves.drop * 0, loss=curves.loss * 0, bits=np.full_like(curves.bits, 8.0))
     with pytest.warns(UserWarning) as caught:
-        fit = fit_scales(flat)
+        fit = fit_scales(flat, 2)
     json.loads(json.dumps(fit), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     lines = [str(warning.message) for warning in caught]
     for scale in SCALES:

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,10 +9,10 @@ from pytest import approx
 
 from stages import train_mfip
 from stages.lib import mfip
-from stages.lib.allocation import read_weights
+from stages.lib.allocation import read_importance
 from stages.lib.files import read_csv, write_csv
-from stages.lib.loss_rate import importance_labels
-from stages.lib.mfip import MFIP
+from stages.lib.loss_rate import importance_labels, sensitivity_labels
+from stages.lib.mfip import CONSTANT, LEAST_SENSITIVITY, MFIP, OBJECTNESS
 from stages.lib.params import SCALES, InputError
 
 C, N = 4, 120
@@ -45,8 +46,23 @@ def make_images(seed, n=N, unrelated=False):
     return batches, labels
 
 
-def train(batches, labels, params, seed):
-    return mfip.train([(ids, mfip.describe(pyramid).numpy()) for ids, pyramid in batches], labels, params, seed)
+def propose(maps):
+    """For the head of the region proposal network: two channels as the logits of two anchors."""
+    return [part[:, :2] - 2 for part in maps], None
+
+
+def described(pyramid):
+    return mfip.describe(pyramid, propose).clone()  # a tensor of inference mode would not pass a network
+
+
+def predicted(model, batches):
+    """Weights and sensitivities [n, 5] of all images."""
+    return [torch.cat(part).detach().numpy() for part in zip(*(model(described(p)) for _, p in batches), strict=True)]
+
+
+def train(batches, labels, params, seed, sensitivities=None):
+    statistics = [(ids, described(pyramid).numpy()) for ids, pyramid in batches]
+    return mfip.train(statistics, labels, sensitivities or dict.fromkeys(labels, np.ones(5)), params, seed)
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +75,47 @@ def trained(images):
     return train(*images, PARAMS, 0)
 
 
+def test_objectness_counts_peaks_of_the_best_anchor():
+    logits = torch.full((2, 2, 8, 8), -30.0)
+    logits[0, 0, 2, 2], logits[0, 1, 2, 2], logits[0, 0, 2, 3], logits[0, 1, 6, 7] = 2, -1, 1, 0
+    sure, doubtful, near, other = 1 / (1 + np.exp([-2.0, 1.0, -1.0, 0.0]))
+    assert mfip.objectness(logits)[0].numpy() == approx(
+        [
+            sure + doubtful + near + other,
+            sure**2 + doubtful**2 + near**2 + other**2,
+            sure + near + other,
+            sure + other,  # two objects
+            sure,
+        ],
+        abs=1e-6,
+    )
+    assert mfip.objectness(logits)[1].numpy() == approx(0, abs=1e-6)
+
+
+def test_an_image_is_described_scale_by_scale():
+    pyramid = make_pyramid(np.full((3, 5), 2.0), 24, 40, torch.Generator().manual_seed(0))
+    found = described(pyramid)
+    assert found.shape == (3, 5, 3 * C + OBJECTNESS)
+    for s, scale in enumerate(SCALES):
+        maps = pyramid[scale].numpy().reshape(3, C, -1)
+        assert found[:, s, : 3 * C].numpy() == approx(
+            np.concatenate([maps.mean(2), maps.std(2), np.abs(maps).max(2)], 1), abs=1e-5
+        )
+        assert torch.equal(found[:, s, 3 * C :], mfip.objectness(pyramid[scale][:, :2] - 2))
+
+
 def test_weights_lie_on_the_simplex_for_any_size():
     torch.manual_seed(0)
     model = MFIP(C, 8).eval()
     torch.nn.init.normal_(model.weigh.weight)
     for height, width in ((16, 16), (17, 40), (64, 32), (1, 1)):
-        weights = model(make_pyramid(np.full((3, 5), 2.0), height, width, torch.Generator().manual_seed(1)))
-        assert weights.shape == (3, 5)
+        pyramid = make_pyramid(np.full((3, 5), 2.0), height, width, torch.Generator().manual_seed(1))
+        weights, sensitivity = model(described(pyramid))
+        assert weights.shape == sensitivity.shape == (3, 5)
         assert (weights >= 0).all()
         assert weights.sum(1).tolist() == approx([1] * 3, abs=1e-6)
-        assert weights.std(0).max() > 1e-3  # it does look at the images
+        assert weights.std(0).max() > 1e-3 and sensitivity.std(0).max() > 1e-3  # it does look at the images
+        assert (sensitivity >= LEAST_SENSITIVITY).all()
 
 
 def test_learns_which_scale_has_the_energy(trained):
@@ -80,22 +127,21 @@ def test_learns_which_scale_has_the_energy(trained):
     assert min(held_out["correlation"].values()) > 0.4
 
     batches, labels = make_images(1)  # new images
-    predicted = torch.cat([trained.model(pyramid) for _, pyramid in batches]).detach().numpy()
+    weights, _ = predicted(trained.model, batches)
     constant = np.array(list(trained.report["mean_weight"].values()))
     label = np.array(list(labels.values()))
-    assert np.abs(predicted - label).mean() < 0.85 * np.abs(constant - label).mean()
+    assert np.abs(weights - label).mean() < 0.85 * np.abs(constant - label).mean()
 
 
 @pytest.mark.filterwarnings("ignore:MFIP learned nothing")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_labels_without_relation_to_the_images_give_the_constant(seed):
     batches, labels = make_images(seed, unrelated=True)
-    model, report, image_ids, weights = train(batches, labels, SHORT, seed)
+    model, report, image_ids, weights, _ = train(batches, labels, SHORT, seed)
     label = np.array(list(labels.values()))
     assert report["flags"] == ["constant"]
     assert report["epoch"] == 0
-    for _, pyramid in batches:
-        assert model(pyramid).detach().numpy() == approx(np.tile(label.mean(0), (8, 1)), abs=1e-5)
+    assert predicted(model, batches)[0] == approx(np.tile(label.mean(0), (N, 1)), abs=1e-5)
     fold = np.arange(N) % 5
     assert weights[fold == 2] == approx(np.tile(label[fold != 2].mean(0), (N // 5, 1)), abs=1e-5)
 
@@ -103,10 +149,10 @@ def test_labels_without_relation_to_the_images_give_the_constant(seed):
 def test_errors_are_those_of_their_definition(images, trained):
     label, fold = np.array(list(images[1].values())), np.arange(N) % 5
     constant = np.array([label[fold != k].mean(0) for k in fold])
-    for name, predicted in (("network", trained.weights), ("constant", constant)):
+    for name, weights in (("network", trained.weights), ("constant", constant)):
         errors = trained.report["held_out"][name]
-        assert errors["kl"] == approx((label * np.log(label / predicted)).sum(1).mean(), rel=1e-4)
-        assert errors["mae"] == approx(np.abs(label - predicted).mean(), rel=1e-4)
+        assert errors["kl"] == approx((label * np.log(label / weights)).sum(1).mean(), rel=1e-4)
+        assert errors["mae"] == approx(np.abs(label - weights).mean(), rel=1e-4)
     residue = [
         np.concatenate([x[fold == k] - x[fold == k].mean(0) for k in range(5)]) for x in (label, trained.weights)
     ]
@@ -142,12 +188,11 @@ def test_images_without_label_are_predicted_but_not_trained_on(images):
     batches, labels = images
     without = [i for batch_ids, _ in batches[2:4] for i in batch_ids]
     expected = train(batches[:2] + batches[4:], {i: w for i, w in labels.items() if i not in without}, SHORT, 0)
-    model, report, image_ids, weights = train(batches, labels | dict.fromkeys(without, np.full(5, np.nan)), SHORT, 0)
+    model, report, image_ids, weights, _ = train(batches, labels | dict.fromkeys(without, np.full(5, np.nan)), SHORT, 0)
     assert report == expected.report | {"n_images": N}
     unlabelled = np.isin(image_ids, without)
     assert (weights[~unlabelled] == expected.weights).all()
-    shown = torch.cat([model(pyramid) for _, pyramid in batches[2:4]]).detach()
-    assert weights[unlabelled] == approx(shown.numpy(), abs=1e-6)
+    assert weights[unlabelled] == approx(predicted(model, batches[2:4])[0], abs=1e-6)
 
 
 @pytest.mark.filterwarnings("error")
@@ -170,8 +215,105 @@ def test_bad_labels_are_named(images):
 def test_saved_network_predicts_the_same(images, trained, tmp_path):
     mfip.save(tmp_path / "task.pt", trained.model)
     loaded = mfip.load(tmp_path / "task.pt")
-    for _, pyramid in images[0]:
-        assert torch.equal(loaded(pyramid), trained.model(pyramid))
+    for shown, expected in zip(predicted(loaded, images[0]), predicted(trained.model, images[0]), strict=True):
+        assert (shown == expected).all()
+
+
+IDLE = PARAMS | {"epochs": 0}  # what is learned of sensitivities does not depend on the network
+
+
+def planted(seed, n=160, noise=0.1):
+    """Statistics [n, 5, 3 C + 5] and sensitivities [n, 5] that follow one channel and one number of objectness."""
+    rng = np.random.default_rng(seed)
+    statistics = rng.normal(3, 2, (n, 5, 3 * C + OBJECTNESS)).astype(np.float32)
+    standard = (statistics.astype(float) - 3) / 2
+    k = 1.8 + 0.4 * standard[:, :, -2] + 0.3 * standard[:, :1, 1] + rng.normal(0, noise, (n, 5))
+    return statistics, k
+
+
+def learn(statistics, k, unlabelled=()):
+    labels = {i: np.full(5, np.nan if i in unlabelled else 0.2) for i in range(len(k))}
+    with pytest.warns(UserWarning, match="MFIP learned nothing"):  # of weights
+        return mfip.train([(list(labels), statistics)], labels, dict(enumerate(k)), IDLE, 0)
+
+
+def share_explained(k, found):
+    return 1 - ((k - found) ** 2).mean(0) / k.var(0)
+
+
+def test_sensitivities_of_new_images_are_learned():
+    statistics, k = planted(0)
+    model, report, _, _, held_out = learn(statistics, k)
+    new, wanted = planted(1)
+    assert (share_explained(k, held_out) > 0.7).all()
+    assert (share_explained(wanted, model(torch.from_numpy(new))[1].detach().numpy()) > 0.7).all()
+    assert [report["sensitivity"][s]["r2"] for s in SCALES] == approx(share_explained(k, held_out), abs=1e-3)
+
+
+def test_sensitivities_are_those_of_a_ridge_regression_on_the_other_folds():
+    statistics, k = planted(2, n=60, noise=0.5)
+    trained = learn(statistics, k, unlabelled=range(0, 60, 7))  # images with nothing to lose are learned from, too
+    x = trained.model.standard(torch.from_numpy(statistics)).double().numpy()
+    x[:, :, :-OBJECTNESS] /= np.sqrt(5 * 3 * C)
+    x[:, :, -OBJECTNESS:] /= np.sqrt(5 * OBJECTNESS)
+    x = x.reshape(60, -1)
+    for s, scale in enumerate(SCALES):
+        ridge = trained.report["sensitivity"][scale]["ridge"]
+        errors = {}
+        for candidate in (*mfip.RIDGES[:-1], CONSTANT):
+            found = np.empty(60)
+            for fold in range(5):
+                left = np.arange(60) % 5 == fold
+                centre, mean = x[~left].mean(0), k[~left, s].mean()
+                z = x[~left] - centre
+                slopes = np.linalg.solve(z.T @ z + candidate * np.eye(len(centre)), z.T @ (k[~left, s] - mean))
+                found[left] = mean + (x[left] - centre) @ slopes
+            errors[candidate] = ((found - k[:, s]) ** 2).mean()
+            if candidate == ridge:
+                assert trained.sensitivity[:, s] == approx(np.maximum(found, LEAST_SENSITIVITY), abs=1e-6)
+        assert ridge == min(errors, key=errors.get)
+        assert trained.report["sensitivity"][scale]["r2"] == approx(1 - errors[ridge] / k[:, s].var())
+
+
+def test_sensitivities_without_relation_to_the_images_are_their_mean():
+    statistics, k = planted(5)
+    k = np.random.default_rng(3).permutation(k)
+    model, report, _, _, held_out = learn(statistics, k)
+    assert [report["sensitivity"][s]["ridge"] for s in SCALES] == [CONSTANT] * 5
+    assert max(report["sensitivity"][s]["r2"] for s in SCALES) <= 0
+    expected = [k[np.arange(160) % 5 != n % 5].mean(0) for n in range(160)]
+    assert held_out == approx(np.array(expected), abs=1e-6)
+    assert model(torch.from_numpy(statistics))[1].detach().numpy() == approx(np.tile(k.mean(0), (160, 1)), abs=1e-5)
+
+
+def test_a_sensitivity_is_predicted_without_the_images_own_label():
+    statistics, k = planted(0)
+    before, other = learn(statistics, k).sensitivity, k.copy()
+    other[7] = -1
+    after = learn(statistics, other).sensitivity
+    assert (after[7::5] == before[7::5]).all()  # its fold
+    assert (np.delete(after, np.s_[2::5], 0) != np.delete(before, np.s_[2::5], 0)).all()
+
+
+def test_a_label_beyond_its_range_counts_as_its_end():
+    statistics, k = planted(0)
+    k[[3, 9]] = [[5.0], [-1.0]]
+    expected = learn(statistics, k).sensitivity
+    k[[3, 9]] = [[1e6], [-1e6]]
+    assert (learn(statistics, k).sensitivity == expected).all()
+
+
+def test_few_images_give_the_mean_sensitivity_and_nothing_is_worth_nothing():
+    statistics, k = planted(0, n=30, noise=0)
+    k[:, 4] = -0.5
+    few = learn(statistics, k, unlabelled=range(9, 30))
+    assert {found["ridge"] for found in few.report["sensitivity"].values()} == {CONSTANT}
+    assert few.report["sensitivity"]["pool"]["r2"] is None
+    expected = np.array([k[np.arange(30) % 5 != n % 5].mean(0) for n in range(30)])
+    assert few.sensitivity[:, :4] == approx(expected[:, :4], abs=1e-5)
+    assert (few.sensitivity[:, 4] == LEAST_SENSITIVITY).all()
+    assert few.model(torch.from_numpy(statistics))[1][:, 4].tolist() == approx([LEAST_SENSITIVITY] * 30)
+    assert learn(statistics, k, unlabelled=range(10, 30)).report["sensitivity"]["0"]["ridge"] != CONSTANT
 
 
 @pytest.fixture
@@ -180,24 +322,28 @@ def profile(tmp_path, monkeypatch, images):
     batches, labels = images
     params = {"seed": 0, "lambdas": {"q1": 1, "q2": 2}, "mfip": QUICK | {"precode": "q2"}}
     params["cells"] = {"keypoints-elic": {"task": "keypoints", "model": "small", "codec": "elic"}}
+    params["models"] = {"small": {"architecture": "resnet10_fpn"}}
     monkeypatch.setattr(train_mfip, "load_params", lambda: params)
     test_batches = [([i + 1 for i in ids], pyramid) for ids, pyramid in batches[:3]]
     asked = []
 
-    class Records:
-        def __init__(self, coded, split):
-            asked.append((coded.name, split))
-            self.pyramids = {tuple(ids): p for ids, p in {"fit": batches, "test": test_batches[::-1]}[split]}
+    class Features:
+        def __init__(self, path, split):
+            asked.append((path.name, split))
+            self.images = {tuple(ids): p for ids, p in {"fit": batches, "test": test_batches[::-1]}[split]}
 
         def batches(self):
-            return map(list, self.pyramids)
+            return map(list, self.images)
 
-        def decode(self, image_ids, codec):
-            assert codec == "codec of elic.pt"
-            return self.pyramids[tuple(image_ids)]
+        def pyramids(self, image_ids):
+            return self.images[tuple(image_ids)]
 
-    monkeypatch.setattr(train_mfip, "load_codec", lambda path: f"codec of {path.name}")
-    monkeypatch.setattr(train_mfip, "CodedSplit", Records)
+    def load_model(path, config):
+        asked.append((path.name, config["architecture"]))
+        return SimpleNamespace(rpn=SimpleNamespace(head=propose))
+
+    monkeypatch.setattr(train_mfip, "load_model", load_model)
+    monkeypatch.setattr(train_mfip, "Features", Features)
     for q in params["lambdas"]:
         rows = [
             {"split": split, "image_id": i, "scale": scale, "bits": 8, "pixels": 4, "mse": 0.1}
@@ -208,6 +354,7 @@ def profile(tmp_path, monkeypatch, images):
         write_csv(tmp_path / "coded" / f"{q}.csv", pd.DataFrame(rows))
         drops = [
             {"task": "keypoints", "split": "fit", "image_id": i, "scale": scale, "clean": 0.9, "drop": drop}
+            | {"loss": 3 * drop}
             for i, weights in list(labels.items())[4:]  # the first four have no ground truth
             for scale, drop in zip(SCALES, weights, strict=True)
         ]
@@ -215,29 +362,39 @@ def profile(tmp_path, monkeypatch, images):
     return tmp_path, asked, test_batches
 
 
-def test_stage_writes_out_of_fold_weights_of_fit_and_weights_of_test(profile, images):
+def run_stage(folder, name):
+    inputs = (folder / file for file in ("small.h5", "small.pt", "coded", "losses"))
+    train_mfip.main(*inputs, "small", "elic", folder / name)
+    return folder / name / "keypoints"
+
+
+def test_stage_writes_out_of_fold_predictions_of_fit_and_predictions_of_test(profile, images):
     folder, asked, test_batches = profile
     batches, drops = images
-    train_mfip.main(folder / "coded", folder / "losses", folder / "elic.pt", "small", "elic", folder / "mfip")
-    out = folder / "mfip" / "keypoints"
-    assert asked == [("q2.h5", "fit"), ("q2.h5", "test")]
+    out = run_stage(folder, "mfip")
+    assert asked == [("small.pt", "resnet10_fpn"), ("small.h5", "fit"), ("small.h5", "test")]
     assert sorted(path.name for path in out.parent.iterdir()) == ["keypoints.csv", "keypoints.json", "keypoints.pt"]
 
-    label = importance_labels(np.repeat(np.array(list(drops.values()))[:, :, None], 2, 2))
-    label[:4] = np.nan
-    expected = train(batches, dict(zip(drops, label, strict=True)), QUICK, 0)
+    drop = np.repeat(np.array(list(drops.values()))[:, :, None], 2, 2)
+    label, loss = importance_labels(drop), 3 * drop
+    label[:4], loss[:4] = np.nan, 0
+    sensitivities = dict(zip(drops, sensitivity_labels(loss), strict=True))
+    expected = train(batches, dict(zip(drops, label, strict=True)), QUICK, 0, sensitivities)
     assert json.loads(out.with_suffix(".json").read_text()) == expected.report
     assert expected.report["n_labelled"] == N - 4
     assert expected.report["epoch"] > 0
+    assert expected.report["sensitivity"]["0"]["r2"] > 0.1
     table = out.with_suffix(".csv")
-    assert read_weights(table, "fit", expected.image_ids) == approx(expected.weights, abs=1e-6)
+    of_fit = read_importance(table, "fit", expected.image_ids)
+    assert of_fit.weights == approx(expected.weights, abs=1e-6)
+    assert of_fit.sensitivity == approx(expected.sensitivity, abs=1e-6)
 
-    loaded = mfip.load(out.with_suffix(".pt"))
-    shown = torch.cat([loaded(pyramid) for _, pyramid in test_batches]).detach().numpy()
     test_ids = np.array([i for ids, _ in test_batches for i in ids])
-    assert read_weights(table, "test", test_ids) == approx(shown, abs=1e-6)
+    shown = predicted(mfip.load(out.with_suffix(".pt")), test_batches)
+    for read, values in zip(read_importance(table, "test", test_ids), shown, strict=True):
+        assert read == approx(values, abs=1e-6)
     frame = read_csv(table)
-    assert list(frame.columns) == ["split", "image_id", "scale", "weight"]
+    assert list(frame.columns) == ["split", "image_id", "scale", "weight", "sensitivity"]
     assert frame["image_id"][frame["split"] == "test"].is_monotonic_increasing
 
 
@@ -248,10 +405,9 @@ def test_no_label_of_test_is_read(profile):
         if garbage:
             for path in (folder / "losses").iterdir():
                 rows = read_csv(path)
-                nonsense = rows.assign(split="test", image_id=999999, clean="?", drop="?")
-                write_csv(path, pd.concat([rows.astype({"clean": object, "drop": object}), nonsense]))
-        made = folder / f"mfip{garbage}"
-        train_mfip.main(folder / "coded", folder / "losses", folder / "elic.pt", "small", "elic", made)
-        out = made / "keypoints"
+                nonsense = rows.assign(split="test", image_id=999999, clean="?", drop="?", loss="?")
+                numbers = dict.fromkeys(("clean", "drop", "loss"), object)
+                write_csv(path, pd.concat([rows.astype(numbers), nonsense]))
+        out = run_stage(folder, f"mfip{garbage}")
         written.append([out.with_suffix(suffix).read_bytes() for suffix in (".csv", ".json", ".pt")])
     assert written[0] == written[1]

@@ -49,6 +49,7 @@ ROOT = Path(__file__).parents[1]
 IMAGE, SIZE = Path("image_12.png"), (40, 50)  # height, width in px; 32 x 40 as the backbone sees it
 CHANNELS = 32  # of resnet10_fpn
 LAMBDAS = {"q1": 0.0005, "q2": 0.002, "q3": 0.008, "q4": 0.032}
+STEPS, PRICE = np.array([4.0, 1.0, 0.25]), 0.001  # see `write_fit`
 NETWORK = {"N": 16, "M": 32, "groups": [8, 24], "context": {"widths": [8, 8], "kernel": 3}}
 MADE = {
     "data/models/small.pt": "train_model@small",
@@ -74,14 +75,22 @@ def write_codec(path: Path, seed: int) -> None:
 
 
 def write_fit(path: Path) -> None:
-    """alpha = 1, beta = -1, R = phi / 3: with weights of 1/5, phi = 3 / sqrt(5 lambda' rho)."""
-    k = len(LAMBDAS)
+    """Each quality halves the loss and doubles the bits: q is worth it below a price of STEPS[q - 1] * k / bits."""
+    gain = [0.5, 1.0, 2.0, 4.0]  # of the bits of q2
     models = {
-        "power": {"alpha": 1.0, "beta": -1.0},
-        "rate_phi": {"a": 1 / (k - 1), "b": 0.0},
-        "mean": {"drop": [0.0] * k, "bits": [1.0] * k},
+        "mean": {"loss": [4.0, 2.0, 1.0, 0.5], "bits": [1.0] * len(LAMBDAS)},
+        "rate": {"slope": [1.0] * len(LAMBDAS), "offset": np.log(gain).tolist()},
     }
     write_json(path, {name: dict.fromkeys(SCALES, values) for name, values in models.items()})
+
+
+def write_mfip(path: Path) -> None:
+    torch.manual_seed(0)
+    predictor = mfip.MFIP(CHANNELS, 4)
+    with torch.no_grad():
+        predictor.sense.weight *= 0.5
+        predictor.sense.bias.copy_(torch.tensor([8.0, 4.0, 1.0, 0.5, 0.25]))
+    mfip.save(path, predictor)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +112,7 @@ def profile(tmp_path_factory) -> Path:
         write_codec(Path("data/codecs/small/elic.pt"), 0)
         for task in TASKS:
             write_fit(Path(f"data/loss_rate/small/elic/{task}.json"))
-            mfip.save(Path(f"data/mfip/small/elic/{task}.pt"), mfip.MFIP(CHANNELS, 4))
+            write_mfip(Path(f"data/mfip/small/elic/{task}.pt"))
     pixels = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / IMAGE)
     return folder
@@ -156,14 +165,14 @@ def command(name: str, *words: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 def test_one_image_has_one_file_on_any_number_of_threads(cell, threads):
     threads(1)
-    first = encode(IMAGE, cell, lambda_prime=10)
+    first = encode(IMAGE, cell, lambda_prime=PRICE)
     threads(3)
-    assert encode(IMAGE, cell, lambda_prime=10).data == first.data
+    assert encode(IMAGE, cell, lambda_prime=PRICE).data == first.data
     assert torch.get_num_threads() == 3
 
 
 def test_the_receiver_has_what_each_scale_decodes_to_at_its_level(cell, networks):
-    encoded = encode(IMAGE, cell, lambda_prime=10)
+    encoded = encode(IMAGE, cell, lambda_prime=PRICE)
     received = decode_pyramid(parse(encoded.data), networks.feature_codec)
     pyramid, _ = pyramid_of(networks.detector, read_image(IMAGE))
     lambdas = list(LAMBDAS.values())
@@ -175,25 +184,30 @@ def test_the_receiver_has_what_each_scale_decodes_to_at_its_level(cell, networks
 
 
 def test_the_bits_of_a_file_are_those_of_the_ledger(cell):
-    encoded = encode(IMAGE, cell, lambda_prime=10)
+    encoded = encode(IMAGE, cell, lambda_prime=PRICE)
     records = [len(pack_record(record)) for record in parse(encoded.data).records.values()]
     assert encoded.scale_bits.tolist() == [8 * length for length in records]
     assert len(encoded.data) == FRAME_BYTES + sum(records)
     assert encoded.bpp == 8 * len(encoded.data) / (SIZE[0] * SIZE[1])
 
 
-def test_phi_is_the_closed_forms(cell):
-    encoded = encode(IMAGE, cell, lambda_prime=10)
-    assert encoded.weights == approx(1 / 5)  # of an MFIP that is not trained
-    rho = np.array([8 * 16, 4 * 8, 2 * 4, 1 * 2, 1 * 1]) / (8 * 16)
-    assert encoded.phi.tolist() == np.rint(np.clip(3 / np.sqrt(5 * 10 * rho), 0, 3)).tolist() == [0, 1, 2, 3, 3]
+def test_phi_follows_from_sensitivity_and_the_bits_of_the_precoding(cell, networks, monkeypatch):
+    precoded = encode(IMAGE, cell, phi=1).scale_bits  # precode: q2
+    monkeypatch.setattr(online, "decode_scale", None)
+    encoded = encode(IMAGE, cell, lambda_prime=PRICE)
+    pyramid, _ = pyramid_of(networks.detector, read_image(IMAGE))
+    with torch.inference_mode():
+        _, expected = mfip.load(cell.made_by("train_mfip"))(mfip.describe(pyramid, networks.detector.rpn.head))
+    assert encoded.sensitivity == approx(expected[0].numpy(), rel=1e-4) and np.ptp(encoded.sensitivity) > 0.1
+    worth = STEPS * encoded.sensitivity[:, None] / precoded[:, None] > PRICE
+    assert encoded.phi.tolist() == worth.sum(1).tolist() and len(set(encoded.phi)) > 2
     assert list(encoded.seconds) == ["backbone", "precoding", "MFIP", "allocation", "coding"]
 
 
 def test_a_given_quality_needs_no_importance(cell, monkeypatch):
     monkeypatch.setattr(mfip, "load", None)
     encoded = encode(IMAGE, cell, phi=1)
-    assert encoded.phi.tolist() == [1] * 5 and encoded.weights is None
+    assert encoded.phi.tolist() == [1] * 5 and encoded.sensitivity is None
     assert list(encoded.seconds) == ["backbone", "coding"]
 
 
@@ -226,14 +240,21 @@ def test_a_size_out_of_reach_gives_the_nearest_and_a_warning(bpp, phi, cell, tmp
     assert (tmp_path / "out.mfb").read_bytes() == encode(IMAGE, cell, phi=phi).data
 
 
-def test_any_size_between_the_ends_is_met_with_few_codings():
+@pytest.mark.parametrize(
+    ("jump", "top", "together"),
+    [(1, 5, False), (5, 5, False), (5, 5, True), (1, 3, False), (3, 3, True), (1, 0, False)],
+)
+def test_any_size_between_the_ends_is_met_with_few_codings(jump, top, together):
+    """Allocations that jump several qualities at once, of all scales together, or whose most bits are not the most."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         start, slope, size = rng.normal(size=5), rng.uniform(0.2, 3, 5), rng.uniform(10, 1000, 5)
         seen = set()
+        if together:
+            start[:], slope[:] = start[0], slope[0]
 
         def choose(lambda_prime: float, start=start, slope=slope) -> np.ndarray:
-            return np.rint(np.clip(start - slope * np.log10(lambda_prime), 0, 5))
+            return jump * np.rint(np.clip(start - slope * np.log10(lambda_prime), 0, top) / jump)
 
         def bits(phi: np.ndarray, size=size, seen=seen) -> float:
             seen.update(enumerate(phi))

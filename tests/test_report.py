@@ -32,10 +32,12 @@ RATES = {  # method -> bits against uniform at equal accuracy
     "uniform": 1.0,
     "static": 0.8,
     "upstream_predicted": 0.9,
+    "mfiba_closed_form": 0.95,
     "mfiba": 0.7,
     "upstream_measured": 0.75,
     "oracle": 0.5,
 }
+PRECODE = list(PARAMS["lambdas"]).index(PARAMS["mfip"]["precode"])
 PIXELS = dict(zip(SCALES, (65536, 16384, 4096, 1024, 256), strict=True))
 
 
@@ -81,15 +83,19 @@ def write_models(data: Path, task: str) -> None:
     share = rng.dirichlet([4, 3, 3, 2, 1], n)[:, :, None]
     drop = 0.2 * share * rate**-0.8 + rng.normal(0, 0.01, rate.shape)
     drop[:, 4] = rng.normal(0, 0.01, (n, k))  # pool: nothing to model
-    curves = Curves(np.arange(n), drop, np.full(n, 0.5), np.round(rate * pixels[:, :, None]), pixels, rate**-1.0)
+    loss = 3 * drop
+    loss[:, 4] = 0
+    curves = Curves(np.arange(n), drop, loss, np.full(n, 0.5), np.round(rate * pixels[:, :, None]), pixels, rate**-1.0)
     with pytest.warns(UserWarning, match="scale 'pool' is doubtful"):
-        write_json(data / "loss_rate/small/elic" / f"{task}.json", fit_scales(curves))
+        write_json(data / "loss_rate/small/elic" / f"{task}.json", fit_scales(curves, PRECODE))
     held_out = {"network": {"kl": 0.21, "mae": 0.12}, "constant": {"kl": 0.22, "mae": 0.13}}
-    errors = {"held_out": held_out, "flags": []}
+    sensitivity = {scale: {"r2": r2, "ridge": 1.0} for scale, r2 in zip(SCALES, (0.43, 0.3, 0.2, 0, None), strict=True)}
+    errors = {"held_out": held_out, "flags": [], "sensitivity": sensitivity}
     write_json(data / "mfip/small/elic" / f"{task}.json", errors)
     weights = rng.dirichlet([5, 4, 3, 3, 1], 8)
     keys = {"split": "test", "image_id": np.repeat(np.arange(8), 5), "scale": np.tile(SCALES, 8)}
-    write_csv(data / "mfip/small/elic" / f"{task}.csv", pd.DataFrame(keys | {"weight": weights.ravel()}))
+    predicted = {"weight": weights.ravel(), "sensitivity": rng.uniform(0.05, 3, weights.size)}
+    write_csv(data / "mfip/small/elic" / f"{task}.csv", pd.DataFrame(keys | predicted))
 
 
 def write_profile(folder: Path, tasks: tuple[str, ...] = CELLS, trained: bool = True) -> Path:
@@ -140,6 +146,9 @@ def test_the_tables_keep_their_contract(profile: Path) -> None:
     assert ",".join(bd) == (
         "task,codec,method,anchor,bd_rate_pchip,bd_rate_akima,ci_low,ci_high,overlap,n_points,flags"
     )
+    paired = (profile / "reports/paired.csv").read_text().splitlines()
+    assert paired[0] == "task,codec,method,other,difference,ci_low,ci_high"
+    assert len(paired) == 1 + len(CELLS) * (len(RATES) - 2)
     for task in CELLS:
         assert list(bd.loc[bd["task"] == task, "method"]) == [method for method in RATES if method != "uniform"]
         read = read_csv(profile / f"data/evaluations/small/elic/{task}/points.csv")
@@ -169,6 +178,53 @@ def test_a_fifth_fewer_bits_are_minus_20_percent(profile: Path) -> None:
     mfiba = bd.loc["detection", "mfiba"]
     assert mfiba["ci_low"] < mfiba["bd_rate_pchip"] < mfiba["ci_high"]
     assert mfiba["flags"] == "dropped:6" and mfiba["n_points"] == 7
+
+
+def test_a_paired_difference_is_that_of_the_bd_rates(profile: Path) -> None:
+    bd = read_csv(profile / "reports/bd_rate.csv").set_index(["task", "method"])["bd_rate_pchip"]
+    paired = read_csv(profile / "reports/paired.csv")
+    assert set(paired["method"]) == {"mfiba"}
+    assert set(paired["other"]) == set(RATES) - {"uniform", "mfiba"}
+    for row in paired.itertuples():
+        assert row.difference == approx(bd[row.task, "mfiba"] - bd[row.task, row.other], nan_ok=True)
+    found = paired[paired["task"] == "detection"].set_index("other")
+    noisy = found.loc["oracle"]
+    assert noisy["ci_low"] < noisy["difference"] < noisy["ci_high"] and noisy["difference"] > 15
+    assert paired.loc[paired["task"] == "segmentation", ["difference", "ci_low", "ci_high"]].isna().all(axis=None)
+
+
+def test_a_paired_interval_holds_the_differences_of_the_same_resamples() -> None:
+    rng, bits = np.random.default_rng(0), np.geomspace(4e3, 9e4, 6)
+    luck, noise = rng.normal(1, 0.1, (30, 1)), rng.normal(0, 0.005, (2, 30, 6))
+    own = {"uniform": (1, noise[0]), "twin": (0.7, noise[1]), "half": (0.35, noise[1]), "mfiba": (0.7, noise[1])}
+    own["free"] = (0.8, rng.normal(0, 0.005, (30, 6)))
+    head = {"task": "detection", "codec": "elic"}
+    points, resamples, deltas = [], [], {}
+    for method, (factor, of_method) in own.items():
+        curve = pd.DataFrame({"method": method, "point": range(6), "bits_per_image": factor * bits})
+        points.append(curve.assign(accuracy=0.5 - 1000 / bits, **head)[::-1])
+        for r in range(30):
+            of_resample = {"resample": r, "bits_per_image": factor * bits * luck[r]}
+            resamples.append(curve.assign(accuracy=0.5 - 1000 / bits + of_method[r], **of_resample))
+    for method in own:
+        both = [[p for p in resamples if p["method"].iloc[0] == m] for m in ("uniform", method)]
+        curves = [[Curve(p["bits_per_image"].to_numpy(), p["accuracy"].to_numpy()) for p in part] for part in both]
+        deltas[method] = np.array([bd_rate(*pair).pchip for pair in zip(*curves, strict=True)])
+    found = tables.paired(pd.concat(points), pd.concat(resamples).sample(frac=1, random_state=0)).set_index("other")
+    assert found.index.tolist() == ["twin", "half", "free"]
+    numbers = found[["difference", "ci_low", "ci_high"]]
+    assert numbers.loc["twin"].tolist() == [0, 0, 0] and np.ptp(deltas["mfiba"]) > 1
+    assert numbers.loc["half", "difference"] == approx(35)
+    assert numbers.loc["free", "difference"] == approx(-10)
+    for other in found.index:
+        ends = np.percentile(deltas["mfiba"] - deltas[other], [2.5, 97.5])
+        assert numbers.loc[other, ["ci_low", "ci_high"]].tolist() == approx(ends.tolist())
+
+
+def test_without_the_hero_nothing_is_paired() -> None:
+    points = pd.DataFrame({"task": "detection", "codec": "elic", "method": ["uniform"] * 2, "point": [0, 1]})
+    points = points.assign(bits_per_image=[1e3, 2e3], accuracy=[0.1, 0.2])
+    assert tables.paired(points, points.assign(resample=0)).empty
 
 
 def test_a_codec_of_a_fifth_fewer_bits_than_hevc_saves_20_percent() -> None:
@@ -215,6 +271,7 @@ def test_a_model_that_finds_nothing_is_reported_as_such(profile: Path) -> None:
     assert rows["flags"].str.contains("too few points; resamples_failed:100%").all()
     text = (profile / "reports/tables/bd_rate.md").read_text()
     assert len(re.findall(r" n/a \(1\) \|", text)) == len(rows)
+    assert len(re.findall(r" n/a \[n/a, n/a\] \|", text)) == len(rows) - 1  # paired
     assert "(1) Doubtful: segmentation: no BD-rate: fewer than two points" in text
 
 
@@ -234,6 +291,9 @@ def test_markdown_shows_the_result_and_what_weakens_it(profile: Path) -> None:
     assert "mfiba, detection: without point 6, not monotone." in text
     assert "| oracle * " in text and "* uses the labels of the evaluated images" in text
     assert "-38.2" in text and "other data (COCO 2017 val) and other models (ResNet-50)" in text
+    assert re.search(r"\| static +\| +-9\.\d \[-", text)  # mfiba against it
+    assert re.search(r"detection, elic +\| +0\.43 \| +0\.30 \| +0\.20 \| +0\.00 \| +n/a \|", text)
+    assert "quality_sensitivity" in text and "Bits of a quality predicted from one precoding" in text
     assert "45% to 96%" in text and "beta_at_bound" in text and "KL, constant" in text
     assert "0.710" in (profile / "reports/tables/rd_points.md").read_text()
 

@@ -1,4 +1,4 @@
-"""Precoded curves + loss-rate model + weights -> phi [n, 5] of every method at every operating point.
+"""Precoded curves + loss-rate model + importance -> phi [n, 5] of every method at every operating point.
 
 Every method turns a multiplier lambda' (the price of a bit) into one of the K precoded qualities per image and scale;
 `operating_points` sets the price by the bits alone, so that the methods are compared at like rates.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from stages.lib.loss_rate import Curves, importance_labels, read_table
+from stages.lib.loss_rate import Curves, importance_labels, predicted_bits, read_table
 from stages.lib.params import SCALES, InputError
 
 NOISE_FLOOR = 0.01  # upstream: smaller drops count as none
@@ -29,18 +29,27 @@ class Point(NamedTuple):
     phi: np.ndarray  # [n, 5] floats that hold integers in [0, K-1]: only precoded qualities are sent
 
 
-def read_weights(file: Path, split: str, image_ids: np.ndarray) -> np.ndarray:
-    """CSV of MFIP (image_id, split, scale, weight) -> weights [n, 5] of these images; InputError names a bad file."""
-    weights = read_table(file, "weight", image_ids, split=split)
-    if (weights < 0).any():
-        raise InputError(f"{file}: column 'weight' holds {weights.min()}, below 0; run train_mfip again")
-    return weights
+class Importance(NamedTuple):
+    """What MFIP predicts of n images."""
+
+    weights: np.ndarray  # [n, 5], >= 0, sum 1: the shares of the scales
+    sensitivity: np.ndarray  # [n, 5], >= 0: how many times the mean loss of the scale the image loses
 
 
-def allocate(test: Curves, fit: dict, weights: np.ndarray, points: int) -> pd.DataFrame:
-    """Curves of test, `fit_scales`, predicted weights [n, 5] -> method, point, lambda_prime, image_id, scale, phi.
+def read_importance(file: Path, split: str, image_ids: np.ndarray) -> Importance:
+    """CSV of MFIP (image_id, split, scale, weight, sensitivity) -> of these images; InputError names a bad file."""
+    found = {column: read_table(file, column, image_ids, split=split) for column in ("weight", "sensitivity")}
+    for column, values in found.items():
+        if (values < 0).any():
+            raise InputError(f"{file}: column {column!r} holds {values.min()}, below 0; run train_mfip again")
+    return Importance(*found.values())
 
-    `point` counts from 0 in rising bits. The measured drops of the evaluated images reach `label_aware` only.
+
+def allocate(test: Curves, fit: dict, importance: Importance, precode: int, points: int) -> pd.DataFrame:
+    """Curves of test, `fit_scales`, predictions -> method, point, lambda_prime, image_id, scale, phi.
+
+    `point` counts from 0 in rising bits; `precode` is the quality whose bits a sender knows. The measured drops and
+    losses of the evaluated images reach `label_aware` only.
     Raises InputError when the loss-rate model was fitted on another number of qualities.
     """
     n, _, k = test.bits.shape
@@ -49,9 +58,7 @@ def allocate(test: Curves, fit: dict, weights: np.ndarray, points: int) -> pd.Da
         raise InputError(f"the loss-rate model has {fitted} qualities, the coded images {k}; run fit_loss_rate again")
     targets = rate_targets(test.bits, points)
     table = {"uniform": [Point(np.nan, uniform(q, n)) for q in range(k)]}
-    methods = label_free(test.bits, test.pixels, fit, weights) | label_aware(
-        test.drop, test.clean, test.bits, test.pixels, fit
-    )
+    methods = label_free(test.bits, test.pixels, fit, importance, precode) | label_aware(test, fit)
     table |= {name: operating_points(choose, test.bits, targets) for name, choose in methods.items()}
     return pd.concat(
         pd.DataFrame(
@@ -69,30 +76,32 @@ def allocate(test: Curves, fit: dict, weights: np.ndarray, points: int) -> pd.Da
     ).reset_index(drop=True)
 
 
-def label_free(bits: np.ndarray, pixels: np.ndarray, fit: dict, weights: np.ndarray) -> dict[str, Choose]:
-    """What a sender can do: it knows the bits of its candidates, models from `fit` and predicted weights, no label."""
+def label_free(
+    bits: np.ndarray, pixels: np.ndarray, fit: dict, importance: Importance, precode: int
+) -> dict[str, Choose]:
+    """What a sender can do: it knows the bits of its codings, models from `fit` and predictions, no label."""
     n, _, k = bits.shape
     bpp_plane, rho = bits / pixels[:, :, None], pixels / pixels[:, :1]
     a, b = column(fit, "upstream", "a"), column(fit, "upstream", "b")
     alpha, beta = column(fit, "power", "alpha"), column(fit, "power", "beta")
     slope, offset = column(fit, "rate_phi", "a"), column(fit, "rate_phi", "b")
     drop_fit, bits_fit = column(fit, "mean", "drop"), column(fit, "mean", "bits")
+    weights = importance.weights
     return {
         "static": lambda lambda_prime: np.tile(static(drop_fit, bits_fit, lambda_prime), (n, 1)),
         "upstream_predicted": lambda lam: upstream(weights, a, b, bpp_plane, lam),
-        "mfiba": lambda lambda_prime: mfiba(weights, alpha, beta, rho, slope, offset, k, lambda_prime),
+        "mfiba_closed_form": lambda lam: mfiba_closed_form(weights, alpha, beta, rho, slope, offset, k, lam),
+        "mfiba": mfiba(importance.sensitivity, bits[:, :, precode], fit, precode),
     }
 
 
-def label_aware(
-    drop: np.ndarray, clean: np.ndarray, bits: np.ndarray, pixels: np.ndarray, fit: dict
-) -> dict[str, Choose]:
+def label_aware(test: Curves, fit: dict) -> dict[str, Choose]:
     """What needs the labels of the images that are evaluated: the authors' protocol, and a bound."""
-    measured = upstream_weights(drop, clean)
+    measured = upstream_weights(test.drop, test.clean)
     a, b = column(fit, "upstream", "a"), column(fit, "upstream", "b")
     return {
-        "upstream_measured": lambda lam: upstream(measured, a, b, bits / pixels[:, :, None], lam),
-        "oracle": lambda lambda_prime: oracle(drop, bits, lambda_prime),
+        "upstream_measured": lambda lam: upstream(measured, a, b, test.bpp_plane, lam),
+        "oracle": lambda lambda_prime: oracle(test.loss, test.bits, lambda_prime),
     }
 
 
@@ -148,7 +157,19 @@ def closed_form(
     return (weights * alpha * -beta / (lambda_prime * rho)) ** (1 / (1 - beta))  # the reciprocal: no division by w = 0
 
 
-def mfiba(
+def mfiba(sensitivity: np.ndarray, precoded_bits: np.ndarray, fit: dict, precode: int) -> Choose:
+    """phi_s = argmin_q sensitivity_s * mean loss[s, q] + lambda' * predicted bits[s, q] -> lambda' to phi [n, 5].
+
+    The discrete Lagrangian: no curve is forced on loss or rate. The sender codes the image once, at quality `precode`:
+    precoded_bits [n, 5] of its records (`predicted_bits`); sensitivity [n, 5] is MFIP's; the mean losses are those of
+    `fit`.
+    """
+    loss = sensitivity[:, :, None] * column(fit, "mean", "loss")
+    bits = predicted_bits(precoded_bits, fit["rate"], precode)
+    return lambda lambda_prime: _cheapest(loss + lambda_prime * bits, bits)
+
+
+def mfiba_closed_form(
     weights: np.ndarray,
     alpha: np.ndarray,
     beta: np.ndarray,
@@ -169,12 +190,12 @@ def mfiba(
     return np.rint(np.clip(phi, 0, k - 1))
 
 
-def oracle(drop: np.ndarray, bits: np.ndarray, lambda_prime: float) -> np.ndarray:
-    """phi = argmin_q drop[q] + lambda' * bits[q] per image and scale, fewest bits of ties; unlabelled images: lowest.
+def oracle(loss: np.ndarray, bits: np.ndarray, lambda_prime: float) -> np.ndarray:
+    """phi = argmin_q loss[q] + lambda' * bits[q] per image and scale, fewest bits of ties.
 
-    Needs the labels: a bound for methods that predict, as far as the drops of the scales add up. [n, 5, K] -> [n, 5].
+    Needs the labels: a bound for methods that predict, as far as the losses of the scales add up. [n, 5, K] -> [n, 5].
     """
-    return np.where(np.isnan(drop[:, :, 0]), 0.0, _cheapest(drop + lambda_prime * bits, bits))
+    return _cheapest(loss + lambda_prime * bits, bits)
 
 
 def rate_targets(bits: np.ndarray, points: int) -> np.ndarray:

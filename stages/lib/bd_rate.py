@@ -78,20 +78,33 @@ def bd_rate(anchor: Curve, test: Curve) -> BdRate:
 def interval(anchor_bits: np.ndarray, anchor_accuracy: np.ndarray, bits: np.ndarray, accuracy: np.ndarray) -> Interval:
     """95 % percentile interval of the pchip BD-rate over B resamples of the images: [B, P] twice, [B, P2] twice.
 
-    Both curves of a resample come from the same images. Resamples without a BD-rate are skipped and counted in
-    `failed`; when more than half fail, low and high are NaN.
+    Both curves of a resample come from the same images.
     """
-    deltas = []
-    for anchor_b, test_b in zip(map(Curve, anchor_bits, anchor_accuracy), map(Curve, bits, accuracy), strict=True):
-        anchor, test = _points(anchor_b, pareto(*anchor_b)), _points(test_b, pareto(*test_b))
-        usable = min(len(anchor.bits), len(test.bits)) >= MIN_POINTS and _overlap(anchor, test) > 0
-        deltas.append(_delta(anchor, test, "pchip") if usable else np.nan)
-    deltas = np.array(deltas)
+    return interval_of(bd_rates_of_resamples(anchor_bits, anchor_accuracy, bits, accuracy))
+
+
+def interval_of(deltas: np.ndarray) -> Interval:
+    """Numbers of B resamples -> their 95 % percentile interval.
+
+    NaNs are skipped and counted in `failed`; when more than half fail, low and high are NaN.
+    """
     failed = float(np.isnan(deltas).mean()) if len(deltas) else 1.0
     if failed > MAX_FAILED_SHARE:
         return Interval(np.nan, np.nan, failed)
     low, high = np.nanpercentile(deltas, INTERVAL_PERCENTILES)
     return Interval(float(low), float(high), failed)
+
+
+def bd_rates_of_resamples(
+    anchor_bits: np.ndarray, anchor_accuracy: np.ndarray, bits: np.ndarray, accuracy: np.ndarray
+) -> np.ndarray:
+    """[B, P] twice, [B, P2] twice -> pchip BD-rates [B], percent; NaN where the curves share too little."""
+    deltas = []
+    for anchor_b, test_b in zip(map(Curve, anchor_bits, anchor_accuracy), map(Curve, bits, accuracy), strict=True):
+        anchor, test = _points(anchor_b, pareto(*anchor_b)), _points(test_b, pareto(*test_b))
+        usable = min(len(anchor.bits), len(test.bits)) >= MIN_POINTS and _overlap(anchor, test) > 0
+        deltas.append(_delta(anchor, test, "pchip") if usable else np.nan)
+    return np.array(deltas)
 
 
 def _points(curve: Curve, keep: np.ndarray) -> Curve:

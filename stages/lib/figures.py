@@ -244,40 +244,29 @@ def method_figure(stem: Path) -> None:
         _arrow(axes, (86, 28), (86, 24.5))
         _arrow(axes, (86, 14.3), (86, 12))
 
-        axes.plot([40.25, 40.25, 8.7], [28.6, 22.4, 22.4], color=BLACK, linewidth=1.4, solid_joinstyle="miter")
-        _arrow(axes, (8.7, 22.48), (8.7, 18))
-        _box(axes, 3, 7.5, 11.4, 10, "#D9EFE7", GREEN, "precode\nat one quality,\ndecode", 9)
-        _box(axes, 18, 7.5, 9, 10, "#FBE6D8", VERMILION, "MFIP\nnetwork")
-        _box(axes, 33.6, 7.5, 15.6, 10, "#FBE6D8", VERMILION)
-        axes.text(41.4, 15.6, "bit allocation", ha="center", va="center")
-        axes.text(41.4, 12.4, r"$\min\ \sum_s w_s\,\alpha_s\,R_s^{\,\beta_s}$", ha="center", va="center")
-        axes.text(41.4, 9.3, r"$+\ \lambda'\,\sum_s \rho_s\,R_s$", ha="center", va="center")
-        _box(axes, 53.4, 7.5, 12.2, 10, "#FBE6D8", VERMILION, "rate model\n\n$R_s = a_s\\varphi_s + b_s$")
-        _arrow(axes, (14.9, 12.5), (17.5, 12.5))
-        _arrow(axes, (27.5, 12.5), (33.1, 12.5))
-        _arrow(axes, (49.7, 12.5), (52.9, 12.5))
-        _arrow(axes, (59.5, 18), (59.5, 27))
-        for x, height in zip(np.arange(5) + 27.95, (1.2, 3.2, 2.2, 1.6, 0.7), strict=True):
-            axes.add_patch(Rectangle((x, 14), 0.8, height, color=VERMILION))
-        axes.text(30.3, 9.6, "weights\n$w_s$", ha="center", va="center")
-        axes.text(51.2, 13.5, "$R_s$", ha="center")
-        axes.text(60.3, 22.4, r"$\varphi_s$", va="center", fontsize=12)
-        axes.text(45.4, 20.7, r"price of a bit $\lambda'$", va="center")
-        _arrow(axes, (44.6, 21.6), (44.6, 18))
-
-        _box(
-            axes,
-            33.6,
-            1.9,
-            32,
-            3,
-            "white",
-            GREY,
-            r"fitted once, on split fit: $\alpha_s$, $\beta_s$ and $a_s$, $b_s$",
-            9,
-        )
-        for x in (41.4, 59.5):
-            _arrow(axes, (x, 5.2), (x, 7.1), color=GREY)
+        axes.plot([40.25, 40.25, 8.7], [28.6, 24, 24], color=BLACK, linewidth=1.4, solid_joinstyle="miter")
+        _arrow(axes, (8.7, 24.08), (8.7, 11.4))
+        _arrow(axes, (24.4, 24.08), (24.4, 20.4))
+        _box(axes, 3, 4.8, 11.4, 6, "#D9EFE7", GREEN, "precode at\none quality", 9)
+        _box(axes, 17.6, 4.8, 13.6, 6, "#FBE6D8", VERMILION, "rate model", 9)
+        _box(axes, 17.6, 13.8, 13.6, 6, "#FBE6D8", VERMILION, "MFIP")
+        _box(axes, 39, 4.8, 21, 15, "#FBE6D8", VERMILION)
+        axes.text(49.5, 17.2, "bit allocation", ha="center", va="center")
+        axes.text(49.5, 13.2, r"$\min_\varphi\ \sum_s k_s\,\ell_s(\varphi_s)$", ha="center", va="center")
+        axes.text(49.5, 8.4, r"$+\ \lambda'\,\sum_s b_s(\varphi_s)$", ha="center", va="center")
+        _arrow(axes, (14.9, 7.8), (17.1, 7.8))
+        _arrow(axes, (31.7, 7.8), (38.5, 7.8))
+        axes.text(35.1, 8.7, r"bits $b_s(\varphi)$", ha="center", fontsize=9)
+        _arrow(axes, (31.7, 16.8), (38.5, 16.8))
+        axes.text(35.1, 13.6, "sensitivity\n$k_s$", ha="center", va="center", fontsize=9)
+        for x, height in zip(np.arange(5) + 32.7, (1.2, 3.2, 2.2, 1.6, 0.7), strict=True):
+            axes.add_patch(Rectangle((x, 17.6), 0.8, height, color=VERMILION))
+        axes.text(46.4, 23.2, r"price of a bit $\lambda'$", ha="center", va="center")
+        _arrow(axes, (46.4, 22.2), (46.4, 20.4))
+        _arrow(axes, (57.4, 20.4), (57.4, 27))
+        axes.text(58.2, 23.6, r"$\varphi_s$", va="center", fontsize=12)
+        once = r"measured once, on split fit: mean loss $\ell_s(\varphi)$ of each scale and quality, rate model, MFIP"
+        _box(axes, 3, 1.6, 57, 2.2, "white", GREY, once, 9)
 
 
 def _box(

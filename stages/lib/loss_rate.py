@@ -1,7 +1,9 @@
 """Coded + losses -> curves of the images; curves of `fit` -> task loss-rate model, rate-phi model and mean curves.
 
-The models are those of MFIBA (arXiv 2503.19278), per scale s, with R in bits per plane pixel:
+The models of MFIBA (arXiv 2503.19278) are, per scale s, with R in bits per plane pixel:
 drop_s(R) = w_s * alpha_s * R**beta_s (alpha > 0, beta < 0) and R_s(phi) = a_s * phi + b_s (phi = 0 .. K - 1).
+Those that replace them: the mean smooth loss of every quality, which an image multiplies by its sensitivity, and
+log bits_s(q) = slope_sq * log bits_s(precoding) + offset_sq, from one precoding of the image.
 """
 
 import warnings
@@ -10,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize_scalar
+from scipy.optimize import curve_fit, minimize_scalar
 
 from stages.lib.files import read_csv
 from stages.lib.params import SCALES, InputError
@@ -30,6 +32,7 @@ class Curves(NamedTuple):
 
     image_ids: np.ndarray  # [n]
     drop: np.ndarray  # [n, 5, K] clean - coded AP of the image, only this scale coded; NaN without ground truth
+    loss: np.ndarray  # [n, 5, K] the smooth task loss of the same, in objects; 0 without ground truth: nothing to lose
     clean: np.ndarray  # [n] the image's AP with uncoded features; NaN without ground truth
     bits: np.ndarray  # [n, 5, K] whole bits, > 0
     pixels: np.ndarray  # [n, 5] of the plane
@@ -73,18 +76,19 @@ def read_curves(coded: Path, losses: Path, lambdas: list[str], task: str, split:
         raise InputError(f"{file}: split {split!r} has bits or pixels that are not > 0; run compress again")
 
     loss_files = [Path(losses) / f"{q}.csv" for q in lambdas]
-    drops = [_rows(file, ["clean", "drop"], split=split, task=task) for file in loss_files]
+    drops = [_rows(file, ["clean", "drop", "loss"], split=split, task=task) for file in loss_files]
     labelled_ids = np.unique(drops[0]["image_id"])
     stray = np.setdiff1d(labelled_ids, image_ids)
     if len(stray):
         raise InputError(f"{loss_files[0]}: image {stray[0]} of split {split!r} is not in {coded_files[0]}")
-    drop = np.full(bits.shape, np.nan)
+    drop, loss = np.full(bits.shape, np.nan), np.zeros(bits.shape)
     clean = np.full(len(image_ids), np.nan)
     labelled = np.isin(image_ids, labelled_ids)
     for q, (frame, file) in enumerate(zip(drops, loss_files, strict=True)):
         drop[labelled, :, q] = _table(frame, "drop", labelled_ids, file)
+        loss[labelled, :, q] = _table(frame, "loss", labelled_ids, file)
         clean[labelled] = _table(frame, "clean", labelled_ids, file)[:, 0]  # the same for every scale and quality
-    return Curves(image_ids, drop, clean, bits, pixels[:, :, 0], mse)
+    return Curves(image_ids, drop, loss, clean, bits, pixels[:, :, 0], mse)
 
 
 def read_table(file: Path, column: str, image_ids: np.ndarray, **where: str) -> np.ndarray:
@@ -106,6 +110,35 @@ def importance_labels(drop: np.ndarray) -> np.ndarray:
     equal = span < EQUAL_DROPS
     share = np.where(equal, 1.0, (drop - lowest) / np.where(equal, 1.0, span)).sum(2)
     return share / share.sum(1, keepdims=True)
+
+
+def mean_loss(loss: np.ndarray) -> np.ndarray:
+    """Losses [n, 5, K] -> their mean over the images, never below 0 nor rising in quality, [5, K]."""
+    mean = np.clip(loss.mean(0), 0, None)
+    return np.maximum.accumulate(mean[:, ::-1], 1)[:, ::-1]
+
+
+def sensitivity_labels(loss: np.ndarray) -> np.ndarray:
+    """Losses [n, 5, K] -> sensitivities [n, 5]: how many times the mean loss an image loses, for each scale.
+
+    k_s = sum_q loss[s, q] * mean[s, q] / sum_q mean[s, q]^2, the least squares of loss ~ k * `mean_loss`; 1 for a scale
+    without any mean loss.
+    """
+    mean = mean_loss(loss)
+    power = (mean**2).sum(1)
+    return np.where(power > 0, (loss * mean).sum(2) / np.where(power > 0, power, 1), 1.0)
+
+
+def predicted_bits(bits: np.ndarray, rate: dict, precode: int) -> np.ndarray:
+    """Bits [n, 5] of the precoding, "rate" of `fit_scales` -> what every quality would take, [n, 5, K].
+
+    exp(offset_sq) * bits**slope_sq, and never less than the quality below; those of the precoding are known.
+    """
+    slope, offset = (np.array([rate[scale][name] for scale in SCALES]) for name in ("slope", "offset"))
+    predicted = np.exp(offset + slope * np.log(bits)[:, :, None])
+    predicted[:, :, precode] = bits
+    above, below = predicted[:, :, precode:], predicted[:, :, precode::-1]
+    return np.concatenate([np.minimum.accumulate(below, 2)[:, :, :0:-1], np.maximum.accumulate(above, 2)], 2)
 
 
 def fit_power(weight: np.ndarray, drop: np.ndarray, rate: np.ndarray) -> PowerFit:
@@ -135,33 +168,77 @@ def fit_power(weight: np.ndarray, drop: np.ndarray, rate: np.ndarray) -> PowerFi
     return PowerFit(alpha, beta, r2, rmse, *in_sample, [name for name, raised in flags if raised])
 
 
-def fit_scales(curves: Curves) -> dict:
+def fit_scales(curves: Curves, precode: int) -> dict:
     """Curves of the fit split -> every number that `allocate` takes over from it; inner keys are scale names.
 
     power: the task loss-rate model {alpha, beta, r2, rmse, ..., flags}; its weights are `importance_labels`.
     upstream: {a, b, r2}, mean plane MSE * 255**2 ~ a * bpp_plane**b over the K qualities (the authors' model).
     rate_phi: {a, b, r2, flags}, bpp_plane ~ a * phi + b over images and qualities.
-    mean: {drop: [K], bits: [K]}, labelled images and all images. label: {mean, std} of the importance labels.
-    n_images, n_labelled. An r2 without variance to explain is None. Whatever is flagged also warns.
+    mean: {drop: [K], bits: [K], loss: [K] of `mean_loss`}: drop of the labelled images, the others of all.
+    rate: {slope: [K], offset: [K], error: [K]} for `predicted_bits` from quality `precode`; error is the mean of
+    |predicted / real - 1|, held out. label: {mean, std} of the importance labels. rivals: {model: r2 or None}, see
+    `rivals`. n_images, n_labelled. An r2 without variance to explain is None. Whatever is flagged also warns.
     """
     weights = importance_labels(curves.drop)  # [n, 5]
     labels = weights[curves.labelled]
     drops = curves.drop[curves.labelled]
     bpp_plane = curves.bpp_plane
     out = {"n_images": len(curves.image_ids), "n_labelled": len(labels)}
-    out |= {model: {} for model in ("power", "upstream", "rate_phi", "mean", "label")}
+    out |= {model: {} for model in ("power", "upstream", "rate_phi", "mean", "label", "rate", "rivals")}
+    losses = mean_loss(curves.loss)
     for s, scale in enumerate(SCALES):
         power = fit_power(weights[:, s], curves.drop[:, s], bpp_plane[:, s])
         out["power"][scale] = {name: _json_number(value) for name, value in power._asdict().items()}
         out["upstream"][scale] = _fit_mse(curves.mse[:, s], bpp_plane[:, s])
         out["rate_phi"][scale] = _fit_rate_phi(bpp_plane[:, s])
-        out["mean"][scale] = {"drop": drops[:, s].mean(0).tolist(), "bits": curves.bits[:, s].mean(0).tolist()}
+        out["mean"][scale] = {
+            "drop": drops[:, s].mean(0).tolist(),
+            "bits": curves.bits[:, s].mean(0).tolist(),
+            "loss": losses[s].tolist(),
+        }
+        out["rate"][scale] = _fit_rate(curves.bits[:, s], precode)
+        out["rivals"][scale] = rivals(curves, s)
         out["label"][scale] = {"mean": float(labels[:, s].mean()), "std": float(labels[:, s].std())}
         for model in ("power", "upstream", "rate_phi"):
             fit = out[model][scale]
             if fit["flags"]:
                 warnings.warn(f"{model} fit of scale {scale!r} is doubtful: {fit}", stacklevel=2)
     return out
+
+
+def rivals(curves: Curves, s: int) -> dict[str, float | None]:
+    """Models of one scale's smooth loss from its rate or error, without anything of the image: model -> held-out r2.
+
+    power: alpha R^beta (the paper's, all weights alike), power_offset: alpha R^beta + c, exponential:
+    alpha exp(-beta R), mse: kappa * MSE, quality: the mean of each quality; then quality_sensitivity: the latter times
+    the image's measured sensitivity, what a perfect predictor could reach. 5-fold cross-validation over images, fold =
+    index mod 5.
+    """
+    loss, rate, mse = curves.loss[:, s], curves.bpp_plane[:, s], curves.mse[:, s]
+    rate, mse = rate / rate.mean(), mse / mse.mean()
+    fold = np.arange(len(loss)) % FOLDS
+    shapes = {
+        "power": (lambda r, a, b: a * r**-b, rate),
+        "power_offset": (lambda r, a, b, c: a * r**-b + c, rate),
+        "exponential": (lambda r, a, b: a * np.exp(-b * r), rate),
+        "mse": (lambda m, kappa: kappa * m, mse),
+    }
+    predicted = {name: np.full(loss.shape, np.nan) for name in (*shapes, "quality", "quality_sensitivity")}
+    sensitivity = sensitivity_labels(curves.loss)[:, s, None]
+    for k in np.unique(fold):
+        train, left = fold != k, fold == k
+        predicted["quality"][left] = loss[train].mean(0)
+        predicted["quality_sensitivity"][left] = loss[train].mean(0) * sensitivity[left]
+        for name, (shape, x) in shapes.items():
+            start = np.full(shape.__code__.co_argcount - 1, 0.1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a covariance that cannot be estimated
+                try:
+                    found, _ = curve_fit(shape, x[train].ravel(), loss[train].ravel(), start, bounds=(0, np.inf))
+                except RuntimeError:  # no convergence: the row says so
+                    continue
+            predicted[name][left] = shape(x[left], *found)
+    return {name: _json_number(_quality(loss, values)[0]) for name, values in predicted.items()}
 
 
 def _solve(weight: np.ndarray, drop: np.ndarray, rate: np.ndarray) -> tuple[float, float, bool]:
@@ -215,6 +292,24 @@ def _fit_rate_phi(bpp_plane: np.ndarray) -> dict:
     a, b = np.polyfit(phi.ravel(), bpp_plane.ravel(), 1)
     r2 = _json_number(_quality(bpp_plane, a * phi + b)[0])
     return {"a": float(a), "b": float(b), "r2": r2, "flags": [] if a > 0 else ["not_rising"]}
+
+
+def _fit_rate(bits: np.ndarray, precode: int) -> dict[str, list[float]]:
+    """bits [n, K] -> straight lines of log bits over the log bits of quality `precode`, one for each quality."""
+    x, y = np.log(bits[:, precode]), np.log(bits)
+
+    def line(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        centred = x[chosen] - x[chosen].mean()
+        spread = (centred**2).sum()
+        slope = centred @ y[chosen] / spread if spread > 0 else np.ones(y.shape[1])
+        return slope, y[chosen].mean(0) - slope * x[chosen].mean()
+
+    fold, error = np.arange(len(bits)) % FOLDS, np.zeros(bits.shape)
+    for k in np.unique(fold):
+        slope, offset = line(fold != k if len(bits) > 1 else fold == k)
+        error[fold == k] = np.exp(offset + np.outer(x[fold == k], slope) - y[fold == k]) - 1
+    slope, offset = line(np.full(len(bits), True))
+    return {"slope": slope.tolist(), "offset": offset.tolist(), "error": np.abs(error).mean(0).tolist()}
 
 
 def _json_number(value: object) -> object:

@@ -1,8 +1,13 @@
-"""Decoded pyramid -> importance of its five scales (MFIP), learned from drops that were measured on `fit`."""
+"""Pyramid -> importance of its five scales (MFIP), learned from the losses that were measured on `fit`.
+
+Two outputs. The weight is the paper's: shares of the scales, which throw the magnitude away. The sensitivity keeps it:
+how many times the mean loss of a scale this image loses, so that bits move between images too.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, max_pool2d
 
 from stages.lib.files import atomic
 from stages.lib.loss_rate import FEW_IMAGES, FOLDS
@@ -25,24 +30,31 @@ BATCH = 32
 DROPOUT = 0.5
 WEIGHT_DECAY = 0.1
 GATE = 2.0  # standard errors by which the network must beat the constant, held out, to be used
+OBJECTNESS = 5  # numbers that `objectness` gives of a scale
+CONSTANT = 1e9  # a ridge that leaves the mean sensitivity
+RIDGES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, CONSTANT)  # candidates, in units of a standardised input's mean square
+LABEL_RANGE = (-1.0, 5.0)  # of sensitivities to learn from: a ratio to a small mean can be any size
+LEAST_SENSITIVITY = 0.05  # predicted: no scale of no image is worth nothing
 
 
 class MFIP(nn.Module):
-    """Importance predictor: w_s >= 0, sum_s w_s = 1, from the decoded pyramid, which the receiver could do as well.
+    """Importance predictor: weights w_s >= 0, sum_s w_s = 1, and sensitivities k_s > 0, from the pyramid.
 
-        scale [N, C, H_s, W_s] -> describe [N, 3 C] -> standardise -> 1x1 conv shared by the scales, GELU [N, channels]
-                                               five of these, concatenated -> linear [N, 5] -> + -> softmax -> w
-                                                                 log of the mean weight [5] ---^
+        scale [N, C, H_s, W_s] -> describe [N, 3 C + 5] -> standardise -> 1x1 conv shared by the scales, GELU
+                                   |             five of these, concatenated -> linear [N, 5] -> + -> softmax -> w
+                                   |                               log of the mean weight [5] ---^
+                                   '--> five of these, concatenated -> linear [N, 5], a ridge regression -> k
 
     The last layer starts at zero: the untrained network is the constant mean weight, and training adds only what the
     image shows beyond it. The statistics are fixed, so maps may have any size, and training keeps no pyramid.
-    After the importance predictor of MFIBA (arXiv 2503.19278): input, output and purpose are the paper's; its exact
-    layers are not reproduced, since `fit` has few images and noisy labels.
+    After the importance predictor of MFIBA (arXiv 2503.19278): purpose and weights are the paper's; its exact layers
+    are not reproduced, since `fit` has few images and noisy labels, and the input is the sender's own pyramid.
     """
 
     def __init__(self, feature_channels: int, channels: int):
         super().__init__()
-        width = 3 * feature_channels
+        width = 3 * feature_channels + OBJECTNESS
+        self.sense = nn.Linear(len(SCALES) * width, len(SCALES))
         self.project = nn.Linear(width, channels)  # a 1x1 conv: of a pooled map one pixel is left
         self.weigh = nn.Linear(len(SCALES) * channels, len(SCALES))
         nn.init.zeros_(self.weigh.weight)
@@ -52,13 +64,17 @@ class MFIP(nn.Module):
         self.register_buffer("std", torch.ones(len(SCALES), width))
         self.register_buffer("log_mean_weight", torch.zeros(len(SCALES)))
 
-    def forward(self, pyramid: dict[str, Tensor]) -> Tensor:
-        """scale -> [N, C, H_s, W_s] to weights [N, 5], in the order of SCALES."""
-        return self.log_weights(describe(pyramid).to(self.mean.device)).exp()
+    def forward(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """What `describe` gives, [N, 5, 3 C + 5] -> weights and sensitivities [N, 5], in the order of SCALES."""
+        sensitivity = self.sense(self.standard(statistics).flatten(1)).clamp(min=LEAST_SENSITIVITY)
+        return self.log_weights(statistics).exp(), sensitivity
+
+    def standard(self, statistics: Tensor) -> Tensor:
+        return ((statistics - self.mean) / self.std).clamp(-CLAMP, CLAMP)
 
     def log_weights(self, statistics: Tensor) -> Tensor:
-        """What `describe` gives, [N, 5, 3 C] -> [N, 5]."""
-        standard = ((statistics - self.mean) / self.std).clamp(-CLAMP, CLAMP)
+        """What `describe` gives, [N, 5, 3 C + 5] -> [N, 5]."""
+        standard = self.standard(statistics)
         hidden = gelu(self.project(self.dropout(standard)))  # [N, 5, channels]
         return (self.log_mean_weight + self.weigh(self.dropout(hidden).flatten(1))).log_softmax(1)
 
@@ -68,35 +84,52 @@ class Trained(NamedTuple):
     report: dict  # see `train`
     image_ids: np.ndarray  # [n] rising: every image of the pyramids
     weights: np.ndarray  # [n, 5] of these; labelled images as predicted by a network that never saw their label
+    sensitivity: np.ndarray  # [n, 5]; every image without its own label
 
 
-def describe(pyramid: dict[str, Tensor]) -> Tensor:
-    """scale -> [N, C, H_s, W_s] to statistics [N, 5, 3 C]: mean, spatial deviation and peak of every channel.
+@torch.inference_mode()
+def describe(pyramid: dict[str, Tensor], proposer: nn.Module) -> Tensor:
+    """scale -> [N, C, H_s, W_s], head of the region proposal network -> statistics [N, 5, 3 C + 5].
 
-    The deviation tells how much a scale holds, the peak beside it whether that is small and sharp or everywhere.
+    Of every channel the mean, the spatial deviation and the peak: the deviation tells how much a scale holds, the peak
+    beside it whether that is small and sharp or everywhere. Then `objectness`, how many objects hang on the scale.
     """
+    scores, _ = proposer([pyramid[scale] for scale in SCALES])
     rows = []
-    for scale in SCALES:
+    for scale, score in zip(SCALES, scores, strict=True):
         maps = pyramid[scale].flatten(2)  # [N, C, H W]
-        rows.append(torch.cat([maps.mean(2), maps.std(2, correction=0), maps.abs().amax(2)], 1))
+        rows.append(torch.cat([maps.mean(2), maps.std(2, correction=0), maps.abs().amax(2), objectness(score)], 1))
     return torch.stack(rows, 1)
+
+
+def objectness(score: Tensor) -> Tensor:
+    """Logits of the anchors of one scale [N, A, H, W] -> [N, 5]: over anchors the sum of the probabilities and of their
+    squares, over places the sum of the best anchor's, the same at local maxima only, and the peak."""
+    probability = score.sigmoid()
+    best = probability.amax(1, keepdim=True)
+    peaks = best * (best == max_pool2d(best, 3, 1, 1))
+    sums = [part.flatten(1).sum(1) for part in (probability, probability**2, best, peaks)]
+    return torch.stack([*sums, best.flatten(1).amax(1)], 1)
 
 
 def train(
     described: Iterable[tuple[list[int], np.ndarray]],
     labels: dict[int, np.ndarray],
+    sensitivities: dict[int, np.ndarray],
     params: dict,
     seed: int,
 ) -> Trained:
-    """Batches (image ids, their `describe` [N, 5, 3 C]) and labels, id -> [5] or NaN, to a network or the constant.
+    """Batches (image ids, their `describe`) and labels, id -> weights [5], or NaN, and sensitivities [5], to MFIP.
 
     `params` is the section mfip of params.yaml. Images whose label is NaN are predicted, not trained on. By 5-fold
     cross-validation (fold = index mod 5) the network is compared with the constant, the mean weight of the training
     folds; only if its KL divergence is lower by 2 standard errors of the paired difference is it used, else MFIP is the
-    constant (flag `constant`; below 10 labelled images also `too_few_images`).
+    constant (flag `constant`; below 10 labelled images also `too_few_images`). The sensitivity is a ridge regression,
+    whose ridge the same cross-validation chooses for each scale, the constant among the candidates.
 
     report: n_images, n_labelled, flags, epoch (of the model; 0: the constant), mean_weight per scale, and held_out:
-    {network: {kl, mae}, constant: {kl, mae}, gain: {kl, standard_error}, correlation per scale, epochs of the folds}.
+    {network: {kl, mae}, constant: {kl, mae}, gain: {kl, standard_error}, correlation per scale, epochs of the folds};
+    sensitivity: scale -> {r2, ridge}, held out, against the mean label.
     """
     image_ids, statistics = _collect(described)
     unknown = set(image_ids.tolist()) ^ set(labels)
@@ -129,6 +162,12 @@ def train(
     model, epoch = _fit(known, label, params if learned else untrained, seed)
     weights = _predict(model, statistics)
     weights[usable] = network if learned else constant
+
+    wanted = torch.from_numpy(np.array([sensitivities[i] for i in image_ids.tolist()])).clamp(*LABEL_RANGE)
+    sense = _fit_sensitivity(model.standard(statistics).flatten(1).double(), wanted, few)
+    model.sense.weight.data.copy_(sense.weight)
+    model.sense.bias.data.copy_(sense.bias)
+    sensitivity = sense.held_out.clamp(min=LEAST_SENSITIVITY)
     flags = [name for name, raised in (("constant", epoch == 0), ("too_few_images", few)) if raised]
     report = {
         "n_images": len(image_ids),
@@ -143,16 +182,18 @@ def train(
             "correlation": dict(zip(SCALES, _correlations(label, network, fold), strict=True)),
             "epochs": epochs,
         },
+        "sensitivity": dict(zip(SCALES, sense.report, strict=True)),
     }
     if flags:
         warnings.warn(f"MFIP learned nothing beyond the mean weight: {report}", stacklevel=2)
-    return Trained(model, report, image_ids, weights.numpy())
+    return Trained(model, report, image_ids, weights.numpy(), sensitivity.numpy())
 
 
 def save(path: Path, model: MFIP) -> None:
     channels, width = model.project.weight.shape
     with atomic(path) as scratch:
-        torch.save({"state": model.state_dict(), "feature_channels": width // 3, "channels": channels}, scratch)
+        feature_channels = (width - OBJECTNESS) // 3
+        torch.save({"state": model.state_dict(), "feature_channels": feature_channels, "channels": channels}, scratch)
 
 
 def load(path: Path) -> MFIP:
@@ -164,7 +205,7 @@ def load(path: Path) -> MFIP:
 
 
 def _collect(described: Iterable[tuple[list[int], np.ndarray]]) -> tuple[np.ndarray, Tensor]:
-    """Image ids [n], rising, and statistics [n, 5, 3 C]: all that is kept of the pyramids."""
+    """Image ids [n], rising, and statistics [n, 5, 3 C + 5]: all that is kept of the pyramids."""
     image_ids, rows = [], []
     for batch_ids, statistics in described:
         image_ids += batch_ids
@@ -174,7 +215,7 @@ def _collect(described: Iterable[tuple[list[int], np.ndarray]]) -> tuple[np.ndar
 
 
 def _fit(statistics: Tensor, label: Tensor, params: dict, seed: int) -> tuple[MFIP, int]:
-    """Statistics [n, 5, 3 C], label [n, 5] -> the network at the epoch of least validation loss, and this epoch.
+    """Statistics [n, 5, 3 C + 5], label [n, 5] -> the network at the epoch of least validation loss, and this epoch.
 
     loss = cross-entropy of label and prediction (the KL divergence but for the label's own entropy). Epoch 0 is the
     constant, a candidate like the others; it alone knows the validation labels, so it wins a little too often.
@@ -182,7 +223,7 @@ def _fit(statistics: Tensor, label: Tensor, params: dict, seed: int) -> tuple[MF
     n = len(label)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MFIP(statistics.shape[2] // 3, params["channels"])
+        model = MFIP((statistics.shape[2] - OBJECTNESS) // 3, params["channels"])
         std = statistics.std(0, correction=0)
         model.mean.copy_(statistics.mean(0))
         model.std.copy_(torch.where(std > LEAST_STD, std, 1.0))
@@ -202,6 +243,51 @@ def _fit(statistics: Tensor, label: Tensor, params: dict, seed: int) -> tuple[MF
                 best = (loss, epoch, copy.deepcopy(model.state_dict()))
     model.load_state_dict(best[2])
     return model.eval(), best[1]
+
+
+class _Sense(NamedTuple):
+    weight: Tensor  # [5, 5 (3 C + 5)]
+    bias: Tensor  # [5]
+    held_out: Tensor  # [n, 5], predicted without the image's fold
+    report: list[dict[str, float | None]]  # of each scale
+
+
+def _fit_sensitivity(standard: Tensor, label: Tensor, constant: bool) -> _Sense:
+    """Standardised statistics [n, 5 (3 C + 5)], labels [n, 5], float64 -> a ridge regression for each scale.
+
+    The few numbers of objectness weigh as much as all those of the channels together. `constant`: learn the mean only.
+    """
+    width = standard.shape[1] // len(SCALES)
+    share = standard.new_full((len(SCALES), width), 1 / math.sqrt(len(SCALES) * (width - OBJECTNESS)))
+    share[:, -OBJECTNESS:] = 1 / math.sqrt(len(SCALES) * OBJECTNESS)
+    inputs = standard * share.flatten()
+
+    def solve(chosen: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+        """-> slopes [5 (3 C + 5), 5], bias [5], from the side of the images: they are fewer than the numbers."""
+        centre, mean = inputs[chosen].mean(0), label[chosen].mean(0)
+        x = inputs[chosen] - centre
+        slopes = x.T @ torch.linalg.solve(x @ x.T + ridge * torch.eye(len(x), dtype=x.dtype), label[chosen] - mean)
+        return slopes, mean - centre @ slopes
+
+    candidates = (CONSTANT,) if constant else RIDGES
+    predicted, fold = torch.empty(len(candidates), *label.shape, dtype=label.dtype), torch.arange(len(label)) % FOLDS
+    for c, ridge in enumerate(candidates):
+        for k in fold.unique():
+            left = fold == k
+            slopes, bias = solve(~left, ridge)
+            predicted[c, left] = inputs[left] @ slopes + bias
+    error = (predicted - label).square().mean(1)  # [candidates, 5]
+    best = error.argmin(0)
+    weight, bias, report = [], [], []
+    for s, c in enumerate(best.tolist()):
+        slopes, all_bias = solve(torch.ones(len(label), dtype=torch.bool), candidates[c])
+        weight.append(slopes[:, s] * share.flatten())
+        bias.append(all_bias[s])
+        variance = label[:, s].var(correction=0).item()
+        r2 = 1 - error[c, s].item() / variance if variance > LEAST_STD else None
+        report.append({"r2": r2, "ridge": candidates[c]})
+    chosen = predicted.gather(0, best[None, None].expand(1, *label.shape))[0]
+    return _Sense(torch.stack(weight), torch.stack(bias), chosen, report)
 
 
 def _cross_entropy(label: Tensor, log_weights: Tensor) -> Tensor:

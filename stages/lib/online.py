@@ -1,8 +1,9 @@
 """The method on one image. Sender: image -> bytes of a `.mfb` file. Receiver: these bytes -> detections.
 
-    image -> backbone -> pyramid -> precoding -> MFIP -> weights -> allocation -> phi -> records -> file -> ...
-                                                                        ^
-                                                 lambda', or the size of the file
+                             .-> MFIP -> sensitivity -.
+    image -> backbone -> pyramid -> precoding -> bits -> allocation -> phi -> records -> file -> ...
+                                                             ^
+                                            lambda', or the size of the file
     ... file -> decoded pyramid -> heads -> detections
 
 Both sides run on one thread, as the workers of `shards`: there the same sums are made in the same order, so that one
@@ -30,7 +31,7 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmenta
 
 from stages.lib import mfip
 from stages.lib.accuracy import results
-from stages.lib.allocation import BISECTIONS, LOG10_LAMBDA_PRIME, Choose, column, mfiba, uniform
+from stages.lib.allocation import BISECTIONS, LOG10_LAMBDA_PRIME, Choose, mfiba, uniform
 from stages.lib.bitstream import (
     FRAME_BYTES,
     MAX_SIDE,
@@ -46,7 +47,6 @@ from stages.lib.coding import FeatureCodec, decode_scale, encode_scale, load_cod
 from stages.lib.files import read_json
 from stages.lib.models import Sizes, detect, load_model, pyramid_of, read_image
 from stages.lib.params import SCALES, InputError, load_params
-from stages.lib.planes import plane_shape
 
 TOLERANCE = 0.05  # of a wanted size of the file
 MASK_BYTES = 2**33  # that the masks of one image may take; torchvision pastes them into the original size
@@ -100,7 +100,7 @@ class Encoded(NamedTuple):
     data: bytes  # the file
     bpp: float  # of the whole file; pixels are those of the image as it was given
     wanted_bpp: float | None  # None where lambda' or phi was given
-    weights: np.ndarray | None  # [5]; None where phi was given
+    sensitivity: np.ndarray | None  # [5]; None where phi was given
     phi: np.ndarray  # [5]
     scale_bits: np.ndarray  # [5], of the records
     seconds: dict[str, float]  # of each step
@@ -187,21 +187,24 @@ def encode(
     def bits(phi: np.ndarray) -> int:
         return 8 * (FRAME_BYTES + sum(map(len, records(phi))))
 
-    weights = wanted = None
+    sensitivity = wanted = None
     if importance is None:
         (chosen,) = uniform(phi, 1)
     else:
         fit, predictor = importance
         with clock("precoding"):
-            (precoded,) = uniform(list(lambdas).index(precode), 1)
-            decoded = {
-                scale: decode_scale([data], scale, pyramid[scale].shape[2:], feature_codec)
-                for scale, data in zip(SCALES, records(precoded), strict=True)
-            }
+            quality = list(lambdas).index(precode)
+            (precoded,) = uniform(quality, 1)
+            precoded_bits = np.array([[8.0 * len(data) for data in records(precoded)]])
         with clock("MFIP"):
-            weights = predictor(decoded).double().numpy()  # [1, 5]
+            statistics = mfip.describe(pyramid, networks.detector.rpn.head).cpu()
+            sensitivity = predictor(statistics)[1].double().numpy()  # [1, 5]
         with clock("allocation"):
-            choose = _method(weights, _plane_pixels(pyramid, feature_codec), fit, len(lambdas))
+            of_all = mfiba(sensitivity, precoded_bits, fit, quality)
+
+            def choose(lambda_prime: float) -> np.ndarray:
+                return of_all(lambda_prime)[0]
+
             if lambda_prime is not None:
                 chosen = choose(lambda_prime)
             else:
@@ -222,7 +225,7 @@ def encode(
         data,
         8 * len(data) / pixels,
         None if wanted is None else wanted / pixels,
-        None if weights is None else weights[0],
+        None if sensitivity is None else sensitivity[0],
         chosen,
         np.array([8 * len(data) for data in coded.values()]),
         clock.seconds,
@@ -233,8 +236,8 @@ def nearest_in_size(choose: Choose, bits: Callable[[np.ndarray], float], wanted:
     """The first phi [5] found within 5 % of the wanted bits, or the nearest of all that were tried.
 
     choose: lambda' -> phi, in steps. Bisection of log lambda' ends between two neighbouring allocations, one with too
-    few bits and one with too many. From the first the second is one step away, so that a common shift of all phi by
-    0 to 1, again by bisection, passes the wanted size. No phi rises above `highest`.
+    few bits and one with too many; a share of the way from the one to the other, again by bisection, passes the wanted
+    size. Where even the cheapest bits leave the file too small, all phi go on to `highest`.
     """
     log_prices = LOG10_LAMBDA_PRIME[::-1]
     ends = np.array([choose(10.0**log_price) for log_price in log_prices])
@@ -242,8 +245,8 @@ def nearest_in_size(choose: Choose, bits: Callable[[np.ndarray], float], wanted:
     most = -log_prices[(ends == ends[-1]).all(1)].max()
     tried = []
 
-    def halve(phi_at: Callable[[float], np.ndarray], low: float, high: float) -> float:
-        """phi_at rises, and so do its bits -> the last x with no more bits than wanted."""
+    def halve(phi_at: Callable[[float], np.ndarray], low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+        """phi_at rises, and so do its bits -> the last with no more bits than wanted, and the first with more."""
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             tried.append(phi_at(middle))
@@ -251,28 +254,17 @@ def nearest_in_size(choose: Choose, bits: Callable[[np.ndarray], float], wanted:
             if abs(size / wanted - 1) <= TOLERANCE:
                 break
             low, high = (middle, high) if size < wanted else (low, middle)
-        return low
+        return phi_at(low), phi_at(high)
 
     def error(phi: np.ndarray) -> float:
         return abs(bits(phi) - wanted)
 
-    low = choose(10.0 ** -halve(lambda x: choose(10.0**-x), least, most))
+    low, high = halve(lambda x: choose(10.0**-x), least, most)
     if error(tried[-1]) > TOLERANCE * wanted and bits(low) < wanted:
-        halve(lambda shift: np.minimum(low + shift, highest), 0, 1)
+        if bits(high) < wanted:
+            low, high = high, np.full_like(high, highest)
+        halve(lambda share: low + share * (high - low), 0, 1)
     return min(tried, key=error)
-
-
-def _method(weights: np.ndarray, pixels: np.ndarray, fit: dict, k: int) -> Choose:
-    """Weights and plane pixels [1, 5], `fit_scales` -> the choice of `mfiba` for the one image, [5]."""
-    alpha, beta = column(fit, "power", "alpha"), column(fit, "power", "beta")
-    slope, offset = column(fit, "rate_phi", "a"), column(fit, "rate_phi", "b")
-    rho = pixels / pixels[:, :1]
-    return lambda lambda_prime: mfiba(weights, alpha, beta, rho, slope, offset, k, lambda_prime)[0]
-
-
-def _plane_pixels(pyramid: dict[str, Tensor], feature_codec: FeatureCodec) -> np.ndarray:
-    shapes = [plane_shape(feature_codec.channels, *pyramid[s].shape[2:], feature_codec.packing) for s in SCALES]
-    return np.array([[height * width for _, height, width in shapes]])  # [1, 5]
 
 
 def _load_fit(cell: Cell) -> dict:

@@ -11,7 +11,15 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from stages.lib.bd_rate import GOOD_OVERLAP, GOOD_POINTS, Curve, bd_rate, interval
+from stages.lib.bd_rate import (
+    GOOD_OVERLAP,
+    GOOD_POINTS,
+    Curve,
+    bd_rate,
+    bd_rates_of_resamples,
+    interval,
+    interval_of,
+)
 from stages.lib.params import SCALES, TASKS, InputError
 
 ANCHOR, UNCODED = "uniform", "none"
@@ -34,7 +42,9 @@ BD_RATE = [
     "n_points",
     "flags",
 ]
+HERO = "mfiba"
 NOT_AVAILABLE = "n/a"
+RATE_ACCURACY = ["bits_per_image", "accuracy"]
 RESAMPLES_FAILED = "resamples_failed"
 NO_BD_RATE = "no BD-rate: "
 REASONS = {  # flag -> what its footnote says
@@ -98,6 +108,30 @@ def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = A
             }
         )
     return pd.DataFrame(rows, columns=BD_RATE)
+
+
+def paired(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
+    """points.csv and bootstrap.csv of one cell -> BD-rate of `mfiba` minus that of every other method, one row each.
+
+    Percentage points, negative: `mfiba` saves more. Both BD-rates of a resample come from the same images; the interval
+    is that of their difference, NaN where more than half of the resamples have none. Columns task, codec, method,
+    other, difference, ci_low, ci_high.
+    """
+    names = [m for m in points["method"].unique() if m not in (ANCHOR, UNCODED)]
+    anchor = resampled(resamples, ANCHOR)
+    deltas = {name: bd_rates_of_resamples(*anchor, *resampled(resamples, name)) for name in names}
+    found = {
+        name: bd_rate(*(Curve(*points.loc[points["method"] == n, RATE_ACCURACY].to_numpy().T) for n in (ANCHOR, name)))
+        for name in names
+    }
+    task, codec = points[["task", "codec"]].iloc[0]
+    rows = []
+    for other in names if HERO in names else ():
+        if other != HERO:
+            difference = deltas[HERO] - deltas[other]
+            low, high, _ = interval_of(difference)
+            rows.append((task, codec, HERO, other, found[HERO].pchip - found[other].pchip, low, high))
+    return pd.DataFrame(rows, columns=["task", "codec", "method", "other", "difference", "ci_low", "ci_high"])
 
 
 def codec_bd_rates(points: pd.DataFrame, resamples: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
@@ -171,17 +205,22 @@ def metrics(points: pd.DataFrame, bd: pd.DataFrame) -> dict:
 def bd_rate_tables(
     points: pd.DataFrame,
     bd: pd.DataFrame,
+    paired_bd: pd.DataFrame,
     codec_bd: pd.DataFrame,
     fits: dict[tuple[str, str], dict],
     mfip: dict[tuple[str, str], dict],
 ) -> list[Table]:
-    """rd_points, bd_rate, codec_bd_rate, and of each (task, codec) `fit_scales` and MFIP's errors -> main results."""
+    """Tables of report, and of each (task, codec) `fit_scales` and the errors of MFIP -> the main results."""
     return [
         *(_bd_rate_table(codec, rows) for codec, rows in bd.groupby("codec", sort=False)),
+        *(_paired_table(codec, rows) for codec, rows in paired_bd.groupby("codec", sort=False)),
         *([_codec_table(codec_bd)] if len(codec_bd) else []),
         _context_table(points),
         _fit_table(fits),
+        _rivals_table(fits),
+        _bits_table(fits),
         _mfip_table(mfip),
+        _sensitivity_table(mfip),
         _paper_table(),
     ]
 
@@ -324,17 +363,65 @@ def _context_table(points: pd.DataFrame) -> Table:
     )
 
 
+def _paired_table(codec: str, paired_bd: pd.DataFrame) -> Table:
+    tasks = [task for task in TASKS if task in set(paired_bd["task"])]
+    rows = []
+    for other in paired_bd["other"].unique():
+        found = paired_bd[paired_bd["other"] == other].set_index("task")
+        numbers = [[found.loc[task, name] for name in ("difference", "ci_low", "ci_high")] for task in tasks]
+        cells = ["{} [{}, {}]".format(*(_number(value, ".1f") for value in of_task)) for of_task in numbers]
+        rows.append([_named(other), *cells])
+    title = f"BD-rate of {HERO} minus that of the others, codec {codec}: percentage points, negative: {HERO} saves more"
+    note = "In brackets the 95 % interval of the difference, both resampled with the same images."
+    return Table(title, [f"{HERO} against", *tasks], rows, [f"{note} {_label_aware_note()}"])
+
+
 def _fit_table(fits: dict[tuple[str, str], dict]) -> Table:
     rows = [
         [f"{task}, {codec}", *(_fit_cell(fit["power"][scale]) for scale in SCALES)]
         for (task, codec), fit in fits.items()
     ]
-    title = "Loss-rate model behind mfiba: held-out r2 of the drop on fit, for each scale"
+    title = "Power law behind mfiba_closed_form: held-out r2 of the drop on fit, for each scale"
     return Table(title, ["", *SCALES], rows, ["An r2 below 0 predicts held-out drops worse than their mean does."])
 
 
 def _fit_cell(power: dict) -> str:
-    return " ".join([_number(np.nan if power["r2"] is None else power["r2"], ".2f"), *power["flags"]])
+    return " ".join([_share(power["r2"]), *power["flags"]])
+
+
+def _rivals_table(fits: dict[tuple[str, str], dict]) -> Table:
+    names = list(next(iter(fits.values()))["rivals"][SCALES[0]])
+    rows = [
+        [f"{task}, {codec}", scale, *(_share(fit["rivals"][scale][name]) for name in names)]
+        for (task, codec), fit in fits.items()
+        for scale in SCALES[:3]
+    ]
+    note = "quality_sensitivity is told each image's measured sensitivity: what a perfect predictor of it could reach."
+    return Table("Models of the smooth loss: held-out r2 on fit", ["", "scale", *names], rows, [note])
+
+
+def _bits_table(fits: dict[tuple[str, str], dict]) -> Table:
+    rows = [
+        [f"{task}, {codec}", *(f"{np.mean(fit['rate'][scale]['error']):.1%}" for scale in SCALES)]
+        + [_share(fit["rate_phi"]["0"]["r2"])]
+        for (task, codec), fit in fits.items()
+    ]
+    title = "Bits of a quality predicted from one precoding: mean error on held-out images of fit, for each scale"
+    return Table(title, ["", *SCALES, "r2 of the linear model, scale 0"], rows, [])
+
+
+def _sensitivity_table(mfip: dict[tuple[str, str], dict]) -> Table:
+    rows = [
+        [f"{task}, {codec}", *(_share(found["sensitivity"][scale]["r2"]) for scale in SCALES)]
+        for (task, codec), found in mfip.items()
+    ]
+    title = "MFIP: held-out r2 of the predicted sensitivities on fit, for each scale"
+    note = "About 0: no ridge was better than the mean, which then stands for all images."
+    return Table(title, ["", *SCALES], rows, [note])
+
+
+def _share(value: float | None) -> str:
+    return _number(np.nan if value is None else value, ".2f")
 
 
 def _mfip_table(mfip: dict[tuple[str, str], dict]) -> Table:
