@@ -136,7 +136,7 @@ def _as_if_trained(codec: LearnedCodec, plane: Tensor) -> None:
     means as biases: some 15 % of the numbers are not 0, and they use many tables.
     """
     net = codec.net
-    side = 4 * STRIDE
+    side = 8 * STRIDE
     y = net.g_a(plane[None, :, :side, :side].to(DEVICE) - codec.centre)[0]
     scales = torch.logspace(-1, 0, len(y))[torch.randperm(len(y))].to(DEVICE)
     gain = scales / y.std((1, 2)).clamp(min=1e-12)

@@ -223,20 +223,20 @@ def test_a_small_plane_has_few_numbers(network, size, latents, hyper, parts):
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("size", [(32, 16), (32, 96), (160, 64)])
-def test_training_sender_and_receiver_have_one_hyper_path(network, size, monkeypatch):
+def test_training_sender_and_receiver_have_one_hyper_path(network, size, parts, monkeypatch):
     monkeypatch.setattr(learned, "TRANSFORM_TYPE", torch.float32)
     codec, x, seen = tiny(network), planes(1, 1, *size), []
     walk = codec.net.walk
     monkeypatch.setattr(codec.net, "walk", lambda side, y, code: seen.append((side, y)) or walk(side, y, code))
     with torch.no_grad():
-        codec.net.h_a[-1].weight *= 30  # a hyper-latent that is not all 0
+        codec.net.h_a[-1].weight *= 30  # a hyper-latent other than 0
         codec(functional.pad(x, (0, -size[1] % 32, 0, 0), value=0.5), codec.log_lambdas[-1:].exp())
     (coded,) = codec.encode(x, 255)
     codec.decode([coded.string], 255, (1, *size))
     (trained, y), (sent, _), (received, _) = seen
     assert trained.shape[2:] == y.shape[2:] == (size[0] // 16, -(-size[1] // 32) * 2)
     assert torch.allclose(trained, sent, atol=1e-4) and torch.equal(sent, received)
-    assert trained.std((2, 3)).max() > 0.05
+    assert 0 < np.abs(parts[0][0].numbers).max() < LIMIT  # of the hyper-latent, which training does not clip
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -29,7 +29,7 @@ from torch.nn import functional
 from stages.lib.ans import Decoder, Part, Tables
 from stages.lib.coding import FeatureCodec, encode_scale, load_codec
 from stages.lib.elic import Elic
-from stages.lib.learned import SCALE_TABLE, STRIDE, Code, Family, LearnedCodec
+from stages.lib.learned import HYPER_STRIDE, SCALE_TABLE, Code, Family, LearnedCodec
 from stages.lib.models import DEVICE
 from stages.lib.planes import pack
 from stages.lib.shards import WORKERS, map_shards
@@ -275,9 +275,9 @@ def _read(tables: Tables, string: bytes, parts: list[Part]) -> np.ndarray:
 
 
 def _padded(plane: Tensor, value: float) -> Tensor:
-    """[c, H, W] -> [1, c, H, W] on DEVICE, H and W multiples of 64."""
-    height, width = plane.shape[1:]
-    return functional.pad(plane[None].to(DEVICE), (0, -width % STRIDE, 0, -height % STRIDE), value=value)
+    """[c, H, W] -> [1, c, H, W] on DEVICE, H and W multiples of 64, as compressai's models need them."""
+    (height, width), stride = plane.shape[1:], 16 * HYPER_STRIDE
+    return functional.pad(plane[None].to(DEVICE), (0, -width % stride, 0, -height % stride), value=value)
 
 
 def _same(what: str, equal: Callable[[Any, Any], bool], wanted: list, found: list) -> None:
