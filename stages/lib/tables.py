@@ -416,7 +416,10 @@ def _sensitivity_table(mfip: dict[tuple[str, str], dict]) -> Table:
         for (task, codec), found in mfip.items()
     ]
     title = "MFIP: held-out r2 of the predicted sensitivities on fit, for each scale"
-    note = "About 0: no ridge was better than the mean, which then stands for all images."
+    note = (
+        "5-fold cross-validation, by which the ridge was chosen too. About 0: none was better than the mean, which "
+        "then stands for all images."
+    )
     return Table(title, ["", *SCALES], rows, [note])
 
 
