@@ -5,16 +5,15 @@ from pathlib import Path
 from stages.lib.allocation import allocate, read_importance
 from stages.lib.files import read_json, write_csv
 from stages.lib.loss_rate import read_curves
-from stages.lib.params import entry, load_params
+from stages.lib.params import entry, load_params, precode_of
 
 
-def main(coded: Path, losses: Path, loss_rate: Path, importance: Path, task: str, out: Path) -> None:
+def main(coded: Path, losses: Path, uncoded: Path, loss_rate: Path, importance: Path, task: str, out: Path) -> None:
     params = load_params()
     qualities = list(params["lambdas"])
-    precode = qualities.index(params["mfip"]["precode"])
-    test = read_curves(coded, losses, qualities, task, "test")
+    test = read_curves(coded, losses, uncoded, qualities, task, "test")
     predicted = read_importance(importance, "test", test.image_ids)
-    write_csv(out, allocate(test, read_json(loss_rate), predicted, precode, params["tasks"][task]["points"]))
+    write_csv(out, allocate(test, read_json(loss_rate), predicted, precode_of(params), params["tasks"][task]["points"]))
 
 
 if __name__ == "__main__":

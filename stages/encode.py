@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stages.lib.files import atomic
 from stages.lib.online import TOLERANCE, Encoded, encode, load_cell, run
-from stages.lib.params import SCALES
+from stages.lib.params import SCALES, SKIPPED
 
 
 def main(
@@ -26,8 +26,9 @@ def table(encoded: Encoded) -> str:
     known = encoded.sensitivity
     sensitivities = ["-"] * len(SCALES) if known is None else [f"{value:.3f}" for value in known]
     rows = [("scale", "sensitivity", "phi", "bits")]
-    rows += zip(SCALES, sensitivities, [f"{phi:.2f}" for phi in encoded.phi], encoded.scale_bits, strict=True)
-    lines = [f"{scale:<6}{sensitivity:>12}{phi:>6}{bits:>9}" for scale, sensitivity, phi, bits in rows]
+    qualities = ["skipped" if phi == SKIPPED else f"{phi:.2f}" for phi in encoded.phi]
+    rows += zip(SCALES, sensitivities, qualities, encoded.scale_bits, strict=True)
+    lines = [f"{scale:<6}{sensitivity:>12}{phi:>9}{bits:>9}" for scale, sensitivity, phi, bits in rows]
     lines.append(f"file: {len(encoded.data)} bytes, {encoded.bpp:.4g} bpp")
     return "\n".join(lines + [f"{step}: {seconds:.3f} s" for step, seconds in encoded.seconds.items()])
 

@@ -9,12 +9,14 @@ from stages.lib.files import atomic, read_csv, write_csv
 from stages.lib.measuring import bits_of, evaluate, tabulate, truths
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params, tasks_of
+from stages.lib.prediction import load as load_predictor
 
 
 def main(
     splits: Path,
     weights: Path,
     features: Path,
+    prediction: Path,
     codec: Path,
     coded: Path,
     allocations: Path,
@@ -31,6 +33,7 @@ def main(
         coded,
         qualities,
         load_codec(codec),
+        load_predictor(prediction),
         {task: read_csv(allocations / f"{task}.csv") for task in tasks},
         truths({task: ground_truth(part, task) for task in tasks}),
     )

@@ -4,14 +4,13 @@ from pathlib import Path
 
 from stages.lib.files import write_json
 from stages.lib.loss_rate import fit_scales, read_curves
-from stages.lib.params import entry, load_params
+from stages.lib.params import entry, load_params, precode_of
 
 
-def main(coded: Path, losses: Path, task: str, out: Path) -> None:
+def main(coded: Path, losses: Path, uncoded: Path, task: str, out: Path) -> None:
     params = load_params()
     qualities = list(params["lambdas"])
-    precode = qualities.index(params["mfip"]["precode"])
-    write_json(out, fit_scales(read_curves(coded, losses, qualities, task, "fit"), precode))
+    write_json(out, fit_scales(read_curves(coded, losses, uncoded, qualities, task, "fit"), precode_of(params)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Bitstreams of one lambda + detector -> per image, task and scale: the drop when only that scale is coded."""
+"""Bitstreams of one lambda + detector -> per image, task and scale: the loss if it alone is coded, or skipped."""
 
 from pathlib import Path
 
@@ -11,12 +11,14 @@ from stages.lib.files import read_csv, write_csv
 from stages.lib.measuring import single_scale_losses, truths
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params
+from stages.lib.prediction import load as load_predictor
 
 
 def main(
     splits: Path,
     weights: Path,
     features: Path,
+    prediction: Path,
     uncoded: Path,
     codec: Path,
     coded: Path,
@@ -25,13 +27,13 @@ def main(
     out: Path,
 ) -> None:
     described = load_params()["models"][model]
-    detector, feature_codec, clean = load_model(weights, described), load_codec(codec), read_csv(uncoded)
-    frames = []
+    detector, predictor = load_model(weights, described), load_predictor(prediction)
+    feature_codec, clean, frames = load_codec(codec), read_csv(uncoded), []
     for split in ("fit", "test"):
         part = load_split(splits, split)
         truth = truths({task: ground_truth(part, task) for task in described["tasks"]})
         images = Features(features, split)
-        frames.append(single_scale_losses(detector, images, coded, feature_codec, ledger, truth, clean))
+        frames.append(single_scale_losses(detector, images, coded, feature_codec, ledger, predictor, truth, clean))
     write_csv(out, pd.concat(frames, ignore_index=True))
 
 

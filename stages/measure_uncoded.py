@@ -1,4 +1,4 @@
-"""Features + detector -> each image's own accuracy with uncoded features, per task: what drops are measured against."""
+"""Features + detector -> each image's own accuracy with uncoded features, per task, and its loss without a scale."""
 
 from pathlib import Path
 
@@ -10,15 +10,16 @@ from stages.lib.files import write_csv
 from stages.lib.measuring import truths, uncoded_accuracies
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params
+from stages.lib.prediction import load as load_predictor
 
 
-def main(splits: Path, weights: Path, features: Path, model: str, out: Path) -> None:
+def main(splits: Path, weights: Path, features: Path, prediction: Path, model: str, out: Path) -> None:
     described = load_params()["models"][model]
-    detector, frames = load_model(weights, described), []
+    detector, predictor, frames = load_model(weights, described), load_predictor(prediction), []
     for split in ("fit", "test"):
         part = load_split(splits, split)
         truth = truths({task: ground_truth(part, task) for task in described["tasks"]})
-        frames.append(uncoded_accuracies(detector, Features(features, split), truth))
+        frames.append(uncoded_accuracies(detector, Features(features, split), predictor, truth))
     write_csv(out, pd.concat(frames, ignore_index=True))
 
 

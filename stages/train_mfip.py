@@ -17,7 +17,9 @@ from stages.lib.shards import map_shards
 Described = list[tuple[list[int], np.ndarray]]  # batches: image ids, what `mfip.describe` says of their pyramids
 
 
-def main(features: Path, weights: Path, coded: Path, losses: Path, model: str, codec_name: str, out: Path) -> None:
+def main(
+    features: Path, weights: Path, coded: Path, losses: Path, uncoded: Path, model: str, codec_name: str, out: Path
+) -> None:
     """Features, detector, folders of <q>.csv -> <task>.pt (network), .json (errors) and .csv (predictions) in `out`.
 
     What is predicted of `fit` images with ground truth is out of fold: without their own labels, so it is as good, or
@@ -28,7 +30,7 @@ def main(features: Path, weights: Path, coded: Path, losses: Path, model: str, c
     fit, test = (_described(Features(features, split), proposer) for split in ("fit", "test"))
     with atomic(out) as scratch:
         for task in tasks_of(params, model, codec_name):
-            curves = read_curves(coded, losses, list(params["lambdas"]), task, "fit")
+            curves = read_curves(coded, losses, uncoded, list(params["lambdas"]), task, "fit")
             labels, sensitivities = (
                 dict(zip(curves.image_ids.tolist(), found, strict=True))
                 for found in (importance_labels(curves.drop), sensitivity_labels(curves.loss))

@@ -1,7 +1,8 @@
 """Precoded curves + loss-rate model + importance -> phi [n, 5] of every method at every operating point.
 
-Every method turns a multiplier lambda' (the price of a bit) into one of the K precoded qualities per image and scale;
-`operating_points` sets the price by the bits alone, so that the methods are compared at like rates.
+Every method turns a multiplier lambda' (the price of a bit) into one of the K precoded qualities per image and scale,
+those named `..._skip` also into SKIPPED; `operating_points` sets the price by the bits alone, so that the methods are
+compared at like rates.
 """
 
 from collections.abc import Callable
@@ -12,12 +13,13 @@ import numpy as np
 import pandas as pd
 
 from stages.lib.loss_rate import Curves, importance_labels, predicted_bits, read_table
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED, InputError
 
 NOISE_FLOOR = 0.01  # upstream: smaller drops count as none
 LEAST_WEIGHT = 1e-8  # upstream
 LAMBDA_DIVISOR = np.array([1, 4, 16, 60, 60])  # upstream, scales 0, 1, 2, 3, pool
 LOG10_LAMBDA_PRIME = np.arange(-30, 31)  # the methods' lambda' differ by many orders; the ends are found within
+MORE_POINTS = 4  # of a method that may skip, below those of the others
 BISECTIONS = 50  # of the bracket of lambda'; each halves it
 SAME_BITS = 1e-9  # relative: means over images in floating point
 
@@ -26,7 +28,7 @@ Choose = Callable[[float], np.ndarray]  # lambda' -> phi [n, 5]
 
 class Point(NamedTuple):
     lambda_prime: float  # NaN for uniform
-    phi: np.ndarray  # [n, 5] floats that hold integers in [0, K-1]: only precoded qualities are sent
+    phi: np.ndarray  # [n, 5] floats that hold integers in [0, K-1], only precoded qualities are sent; or SKIPPED
 
 
 class Importance(NamedTuple):
@@ -59,7 +61,9 @@ def allocate(test: Curves, fit: dict, importance: Importance, precode: int, poin
     targets = rate_targets(test.bits, points)
     table = {"uniform": [Point(np.nan, uniform(q, n)) for q in range(k)]}
     methods = label_free(test.bits, test.pixels, fit, importance, precode) | label_aware(test, fit)
-    table |= {name: operating_points(choose, test.bits, targets) for name, choose in methods.items()}
+    for name, choose in methods.items():
+        wanted = targets_below(targets) if name.endswith("_skip") else targets
+        table[name] = operating_points(choose, test.bits, wanted)
     return pd.concat(
         pd.DataFrame(
             {
@@ -86,12 +90,17 @@ def label_free(
     alpha, beta = column(fit, "power", "alpha"), column(fit, "power", "beta")
     slope, offset = column(fit, "rate_phi", "a"), column(fit, "rate_phi", "b")
     drop_fit, bits_fit = column(fit, "mean", "drop"), column(fit, "mean", "bits")
-    weights = importance.weights
+    loss_fit, skipped_fit = column(fit, "mean", "loss"), column(fit, "mean", "loss_skipped")
+    weights, sensitivity, precoded = importance.weights, importance.sensitivity, bits[:, :, precode]
     return {
         "static": lambda lambda_prime: np.tile(static(drop_fit, bits_fit, lambda_prime), (n, 1)),
         "upstream_predicted": lambda lam: upstream(weights, a, b, bpp_plane, lam),
         "mfiba_closed_form": lambda lam: mfiba_closed_form(weights, alpha, beta, rho, slope, offset, k, lam),
-        "mfiba": mfiba(importance.sensitivity, bits[:, :, precode], fit, precode),
+        "mfiba": mfiba(sensitivity, precoded, fit, precode),
+        "static_skip": lambda lam: np.tile(
+            with_skipping(loss_fit[None], skipped_fit[None], bits_fit[None], lam), (n, 1)
+        ),
+        "mfiba_skip": mfiba_skip(sensitivity, precoded, fit, precode),
     }
 
 
@@ -102,6 +111,7 @@ def label_aware(test: Curves, fit: dict) -> dict[str, Choose]:
     return {
         "upstream_measured": lambda lam: upstream(measured, a, b, test.bpp_plane, lam),
         "oracle": lambda lambda_prime: oracle(test.loss, test.bits, lambda_prime),
+        "oracle_skip": lambda lambda_prime: with_skipping(test.loss, test.loss_skipped, test.bits, lambda_prime),
     }
 
 
@@ -169,6 +179,39 @@ def mfiba(sensitivity: np.ndarray, precoded_bits: np.ndarray, fit: dict, precode
     return lambda lambda_prime: _cheapest(loss + lambda_prime * bits, bits)
 
 
+def mfiba_skip(sensitivity: np.ndarray, precoded_bits: np.ndarray, fit: dict, precode: int) -> Choose:
+    """`mfiba` that may also send nothing of a scale (`with_skipping`), the mean losses of that being those of `fit`."""
+    loss, skipped = (sensitivity[:, :, None] * column(fit, "mean", name) for name in ("loss", "loss_skipped"))
+    bits = predicted_bits(precoded_bits, fit["rate"], precode)
+    return lambda lambda_prime: with_skipping(loss, skipped, bits, lambda_prime)
+
+
+def with_skipping(loss: np.ndarray, loss_skipped: np.ndarray, bits: np.ndarray, lambda_prime: float) -> np.ndarray:
+    """argmin over phi of  sum_s cost_s(phi_s),  phi_s in SKIPPED, 0 .. K-1 -> [n, 5], fewest bits of ties.
+
+    cost_s = loss[s, phi_s] + lambda' * bits[s, phi_s] of a scale that is sent; one that is not costs loss_skipped[s,
+    1 + phi of its coarser scale], which it is predicted from. So the costs form a tree, 3 - 2 - 1 - 0 and 3 - pool, and
+    dynamic programming from its leaves finds the least sum (Viterbi). loss, bits [n, 5, K], loss_skipped [n, 5, 1 + K].
+    """
+    n, _, k = bits.shape
+    sent = loss + lambda_prime * bits
+    beyond = np.zeros((n, len(SCALES), 1 + k))  # by phi of the scale: the least cost of all that is predicted from it
+    choice = np.empty((n, len(SCALES), 1 + k), int)  # by phi of the coarser scale: the best phi - SKIPPED
+    for scale in reversed(COARSE_TO_FINE):
+        s = SCALES.index(scale)
+        own = np.concatenate([loss_skipped[:, s, :, None], np.repeat(sent[:, s, None], 1 + k, 1)], 2)
+        total = own + beyond[:, s, None]  # [n, phi of the coarser scale, phi]
+        choice[:, s] = total.argmin(2)
+        if scale in COARSER:
+            beyond[:, SCALES.index(COARSER[scale])] += total.min(2)
+    phi, images = np.zeros((n, len(SCALES)), int), np.arange(n)
+    for scale in COARSE_TO_FINE:
+        s = SCALES.index(scale)
+        coarser = phi[:, SCALES.index(COARSER[scale])] if scale in COARSER else np.zeros(n, int)
+        phi[:, s] = choice[images, s, coarser]
+    return (phi + SKIPPED).astype(float)
+
+
 def mfiba_closed_form(
     weights: np.ndarray,
     alpha: np.ndarray,
@@ -204,6 +247,12 @@ def rate_targets(bits: np.ndarray, points: int) -> np.ndarray:
     return np.geomspace(per_quality[0], per_quality[-1], points)
 
 
+def targets_below(targets: np.ndarray) -> np.ndarray:
+    """The same and MORE_POINTS further, at the same ratio: with skipping a file can be smaller than any other."""
+    ratio = targets[0] / targets[1] if len(targets) > 1 else 1.0
+    return np.concatenate([targets[0] * ratio ** np.arange(MORE_POINTS, 0, -1), targets])
+
+
 def operating_points(choose: Choose, bits: np.ndarray, targets: np.ndarray) -> list[Point]:
     """For each target the choice with the most mean bits per image that are not above it, by bisection on log lambda'.
 
@@ -234,8 +283,9 @@ def operating_points(choose: Choose, bits: np.ndarray, targets: np.ndarray) -> l
 
 
 def mean_bits_per_image(phi: np.ndarray, bits: np.ndarray) -> float:
-    """phi [n, 5] and bits [n, 5, K] -> mean over images of the sum of the scales' bits."""
-    return float(np.take_along_axis(bits, phi.astype(int)[:, :, None], 2).sum((1, 2)).mean())
+    """phi [n, 5] and bits [n, 5, K] -> mean over images of the sum of the scales' bits; a skipped one has none."""
+    chosen = np.take_along_axis(bits, np.maximum(phi, 0).astype(int)[:, :, None], 2)[:, :, 0]
+    return float(np.where(phi == SKIPPED, 0, chosen).sum(1).mean())
 
 
 def _cheapest(cost: np.ndarray, bits: np.ndarray) -> np.ndarray:

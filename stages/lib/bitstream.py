@@ -1,14 +1,15 @@
-"""Records of the five scales of one image <-> the bytes of a feature bitstream file, `.mfb`; nothing is decoded here.
+"""Records of the scales of one image <-> the bytes of a feature bitstream file, `.mfb`; nothing is decoded here.
 
 All numbers are little endian. A file is
 
     at    bytes  field
      0    3      magic: "MFB" in ASCII
-     3    1      version of this layout: 1
+     3    1      version of this layout: 2
      4    4      model: the first bytes of the SHA-256 of the detector's weights file
-     8    4      codec: the same of the codec's weights file
+     8    4      codec: the same of the codec's weights file, followed by that of the prediction
     12    4 x 2  height, width as stored, then height, width as the backbone saw it: uint16, px, 1 to 16384
-    20    ...    five records, of the scales 0, 1, 2, 3, pool
+    20    1      bits 0 to 4: 1 if scale 0, 1, 2, 3, pool is sent; the others are predicted; bits 5 to 7: 0
+    21    ...    a record of each scale that is sent, in this order
     -4    4      CRC-32 (that of zlib and PNG) of all bytes before it
 
 and a record, the unit that an allocation chooses,
@@ -37,10 +38,10 @@ from typing import NamedTuple
 
 from stages.lib.params import SCALES, InputError
 
-MAGIC, VERSION = b"MFB", 1
+MAGIC, VERSION = b"MFB", 2
 MAX_SIDE = 16384  # px; far above any image that a detector is given, and a multiple of PAD
 PAD = 32  # px; torchvision's transform pads to multiples of it
-HEADER = struct.Struct("<3sB4s4s4H")
+HEADER = struct.Struct("<3sB4s4s4HB")
 RECORD = struct.Struct("<Bee")
 LENGTH = re.compile(rb"[\x00-\x7f]|[\x80-\xff]{1,3}[\x01-\x7f]")  # a last byte of 0 would be one too many
 CRC = struct.Struct("<I")
@@ -62,13 +63,13 @@ class Record(NamedTuple):
 
 
 class Bitstream(NamedTuple):
-    """One coded image. `model`, `codec`: `identity` of the weights; sizes: height, width; records: scale -> record."""
+    """One coded image. `model`, `codec`: `identity` of the weights; sizes: height, width; records: of what is sent."""
 
     model: bytes
     codec: bytes
     original: tuple[int, int]
     resized: tuple[int, int]
-    records: dict[str, Record]
+    records: dict[str, Record]  # scale -> record
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -76,10 +77,12 @@ class Bitstream(NamedTuple):
         return -(-height // PAD) * PAD, -(-width // PAD) * PAD
 
 
-def identity(path: Path) -> bytes:
-    """Four bytes that tell this weights file from others."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()[:4]
+def identity(*paths: Path) -> bytes:
+    """Four bytes that tell these weights files, one after the other, from others."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.digest()[:4]
 
 
 def check_identity(bitstream: Bitstream, model: bytes, codec: bytes) -> None:
@@ -96,8 +99,10 @@ def pack(bitstream: Bitstream) -> bytes:
     """The whole file; raises BitstreamError for what `parse` would refuse."""
     model, codec, original, resized, records = bitstream
     _check_sizes(original, resized)
-    header = HEADER.pack(MAGIC, VERSION, model, codec, *original, *resized)
-    body = header + b"".join(pack_record(records[scale]) for scale in SCALES)
+    sent = [scale for scale in SCALES if scale in records]
+    flags = sum(1 << SCALES.index(scale) for scale in sent)
+    header = HEADER.pack(MAGIC, VERSION, model, codec, *original, *resized, flags)
+    body = header + b"".join(pack_record(records[scale]) for scale in sent)
     return body + CRC.pack(zlib.crc32(body))
 
 
@@ -112,12 +117,15 @@ def parse(data: bytes) -> Bitstream:
     body = data[: -CRC.size]
     if data[-CRC.size :] != CRC.pack(zlib.crc32(body)):
         raise BitstreamError(f"bitstream of {len(data)} bytes is damaged or cut off (wrong CRC); copy it again")
-    _, _, model, codec, *sizes = HEADER.unpack_from(body)
+    _, _, model, codec, *sizes, flags = HEADER.unpack_from(body)
     original, resized = tuple(sizes[:2]), tuple(sizes[2:])
     _check_sizes(original, resized)
+    if flags >> len(SCALES):
+        raise BitstreamError(f"bitstream sends scales {flags:08b}, known are the lowest {len(SCALES)} bits; {AGAIN}")
     records, at = {}, HEADER.size
-    for scale in SCALES:
-        records[scale], at = parse_record(body, at)
+    for s, scale in enumerate(SCALES):
+        if flags >> s & 1:
+            records[scale], at = parse_record(body, at)
     if at < len(body):
         raise BitstreamError(f"bitstream has {len(body) - at} bytes after its last record; {AGAIN}")
     return Bitstream(model, codec, original, resized, records)

@@ -33,6 +33,7 @@ class Curves(NamedTuple):
     image_ids: np.ndarray  # [n]
     drop: np.ndarray  # [n, 5, K] clean - coded AP of the image, only this scale coded; NaN without ground truth
     loss: np.ndarray  # [n, 5, K] the smooth task loss of the same, in objects; 0 without ground truth: nothing to lose
+    loss_skipped: np.ndarray  # [n, 5, 1 + K] if the scale is not sent; its coarser one neither, or at each quality
     clean: np.ndarray  # [n] the image's AP with uncoded features; NaN without ground truth
     bits: np.ndarray  # [n, 5, K] whole bits, > 0
     pixels: np.ndarray  # [n, 5] of the plane
@@ -59,8 +60,8 @@ class PowerFit(NamedTuple):
     flags: list[str]  # failed, beta_at_bound, negative_r2, too_few_images
 
 
-def read_curves(coded: Path, losses: Path, lambdas: list[str], task: str, split: str) -> Curves:
-    """coded/<q>.csv (bits, MSE) and losses/<q>.csv (drops) of one split -> curves, for the qualities in `lambdas`.
+def read_curves(coded: Path, losses: Path, uncoded: Path, lambdas: list[str], task: str, split: str) -> Curves:
+    """coded/<q>.csv (bits, MSE), losses/<q>.csv and what `measure_uncoded` wrote -> curves of one split, K = `lambdas`.
 
     Raises InputError, naming the file, for a missing column, image or scale, a duplicate, or bits that are not > 0.
     """
@@ -76,19 +77,23 @@ def read_curves(coded: Path, losses: Path, lambdas: list[str], task: str, split:
         raise InputError(f"{file}: split {split!r} has bits or pixels that are not > 0; run compress again")
 
     loss_files = [Path(losses) / f"{q}.csv" for q in lambdas]
-    drops = [_rows(file, ["clean", "drop", "loss"], split=split, task=task) for file in loss_files]
+    columns = ["clean", "drop", "loss", "loss_skipped"]
+    drops = [_rows(file, columns, split=split, task=task) for file in loss_files]
     labelled_ids = np.unique(drops[0]["image_id"])
     stray = np.setdiff1d(labelled_ids, image_ids)
     if len(stray):
         raise InputError(f"{loss_files[0]}: image {stray[0]} of split {split!r} is not in {coded_files[0]}")
     drop, loss = np.full(bits.shape, np.nan), np.zeros(bits.shape)
+    skipped = np.zeros((*bits.shape[:2], 1 + bits.shape[2]))
     clean = np.full(len(image_ids), np.nan)
     labelled = np.isin(image_ids, labelled_ids)
+    skipped[labelled, :, 0] = read_table(uncoded, "loss_skipped", labelled_ids, split=split, task=task)
     for q, (frame, file) in enumerate(zip(drops, loss_files, strict=True)):
         drop[labelled, :, q] = _table(frame, "drop", labelled_ids, file)
         loss[labelled, :, q] = _table(frame, "loss", labelled_ids, file)
+        skipped[labelled, :, 1 + q] = _table(frame, "loss_skipped", labelled_ids, file)
         clean[labelled] = _table(frame, "clean", labelled_ids, file)[:, 0]  # the same for every scale and quality
-    return Curves(image_ids, drop, loss, clean, bits, pixels[:, :, 0], mse)
+    return Curves(image_ids, drop, loss, skipped, clean, bits, pixels[:, :, 0], mse)
 
 
 def read_table(file: Path, column: str, image_ids: np.ndarray, **where: str) -> np.ndarray:
@@ -113,7 +118,7 @@ def importance_labels(drop: np.ndarray) -> np.ndarray:
 
 
 def mean_loss(loss: np.ndarray) -> np.ndarray:
-    """Losses [n, 5, K] -> their mean over the images, never below 0 nor rising in quality, [5, K]."""
+    """Losses [n, 5, K] by rising quality -> their mean over the images, never below 0 nor rising, [5, K]."""
     mean = np.clip(loss.mean(0), 0, None)
     return np.maximum.accumulate(mean[:, ::-1], 1)[:, ::-1]
 
@@ -174,7 +179,8 @@ def fit_scales(curves: Curves, precode: int) -> dict:
     power: the task loss-rate model {alpha, beta, r2, rmse, ..., flags}; its weights are `importance_labels`.
     upstream: {a, b, r2}, mean plane MSE * 255**2 ~ a * bpp_plane**b over the K qualities (the authors' model).
     rate_phi: {a, b, r2, flags}, bpp_plane ~ a * phi + b over images and qualities.
-    mean: {drop: [K], bits: [K], loss: [K] of `mean_loss`}: drop of the labelled images, the others of all.
+    mean: {drop: [K], bits: [K], loss: [K], loss_skipped: [1 + K] of `mean_loss`}: drop of the labelled images, the
+    others of all.
     rate: {slope: [K], offset: [K], error: [K]} for `predicted_bits` from quality `precode`; error is the mean of
     |predicted / real - 1|, held out. label: {mean, std} of the importance labels. rivals: {model: r2 or None}, see
     `rivals`. n_images, n_labelled. An r2 without variance to explain is None. Whatever is flagged also warns.
@@ -185,7 +191,7 @@ def fit_scales(curves: Curves, precode: int) -> dict:
     bpp_plane = curves.bpp_plane
     out = {"n_images": len(curves.image_ids), "n_labelled": len(labels)}
     out |= {model: {} for model in ("power", "upstream", "rate_phi", "mean", "label", "rate", "rivals")}
-    losses = mean_loss(curves.loss)
+    losses, losses_skipped = mean_loss(curves.loss), mean_loss(curves.loss_skipped)
     for s, scale in enumerate(SCALES):
         power = fit_power(weights[:, s], curves.drop[:, s], bpp_plane[:, s])
         out["power"][scale] = {name: _json_number(value) for name, value in power._asdict().items()}
@@ -195,6 +201,7 @@ def fit_scales(curves: Curves, precode: int) -> dict:
             "drop": drops[:, s].mean(0).tolist(),
             "bits": curves.bits[:, s].mean(0).tolist(),
             "loss": losses[s].tolist(),
+            "loss_skipped": losses_skipped[s].tolist(),
         }
         out["rate"][scale] = _fit_rate(curves.bits[:, s], precode)
         out["rivals"][scale] = rivals(curves, s)

@@ -18,7 +18,8 @@ from stages.lib.coding import CodedSplit, FeatureCodec
 from stages.lib.features import Features
 from stages.lib.files import read_csv
 from stages.lib.models import DEVICE, detect
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED, InputError
+from stages.lib.prediction import NOTHING, Predictor
 from stages.lib.progress import progress
 from stages.lib.shards import map_shards
 
@@ -39,24 +40,31 @@ def truths(coco: dict[str, COCO]) -> Truths:
     return Truths(coco, {category_id for category_id, category in people if "keypoints" in category})
 
 
-def uncoded_accuracies(detector: nn.Module, features: Features, truth: Truths) -> pd.DataFrame:
-    """Each image's own COCO AP and utility with uncoded features -> rows task, split, image_id, clean, utility.
+def uncoded_accuracies(detector: nn.Module, features: Features, predictor: Predictor, truth: Truths) -> pd.DataFrame:
+    """Uncoded features -> rows task, split, image_id, scale, clean, utility, loss_skipped.
 
-    Images without ground truth of a task have no row.
+    clean, utility: the image's own COCO AP and utility, of all scales; loss_skipped: the utility it loses where neither
+    this scale nor its coarser one is sent, the others being clean. Images without ground truth of a task have no row.
     """
 
     def measure(image_ids: list[int]) -> list[tuple]:
-        pyramid = _on_device(features.pyramids(image_ids))
-        return [
-            (task, features.split, image_id, value, utility)
-            for task, ((values,), (utilities,)) in _own(detector, [pyramid], image_ids, features, truth).items()
-            for image_id, value, utility in zip(image_ids, values, utilities, strict=True)
-            if not np.isnan(value)
-        ]
+        clean = _on_device(features.pyramids(image_ids))
+        variants, rows = [clean], []
+        for scale in SCALES:
+            sent = {s: maps for s, maps in clean.items() if s not in (scale, COARSER.get(scale))}
+            variants.append(clean | {scale: predictor.complete(sent, clean["3"].shape)[scale]})
+        for task, (accuracies, utilities) in _own(detector, variants, image_ids, features, truth).items():
+            for image_id, value, (utility, *left) in zip(image_ids, accuracies[0], utilities.T, strict=True):
+                if not np.isnan(value):
+                    key = task, features.split, image_id
+                    rows += [(*key, s, value, utility, utility - u) for s, u in zip(SCALES, left, strict=True)]
+        return rows
 
     rows = [row for part in _over_batches(measure, features, f"measure uncoded {features.split}") for row in part]
-    frame = pd.DataFrame(rows, columns=["task", "split", "image_id", "clean", "utility"])
-    return frame.sort_values(["task", "image_id"], kind="stable", ignore_index=True)
+    columns = ["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"]
+    return pd.DataFrame(rows, columns=columns).sort_values(
+        ["task", "image_id", "scale"], kind="stable", ignore_index=True
+    )
 
 
 def single_scale_losses(
@@ -65,38 +73,45 @@ def single_scale_losses(
     coded: Path,
     feature_codec: FeatureCodec,
     ledger: Path,
+    predictor: Predictor,
     truth: Truths,
     uncoded: pd.DataFrame,
 ) -> pd.DataFrame:
-    """One scale coded, the others clean -> rows task, split, image_id, scale, clean, coded, drop, loss.
+    """One scale coded, the others clean -> rows task, split, image_id, scale, clean, coded, drop, loss, loss_skipped.
 
     clean (of `uncoded`), coded: the image's own COCO AP, drop their difference; loss: the utility (`accuracy`) that the
-    image's detections lose, in objects, the smooth task loss; images without ground truth of a task have no row. All
-    variants of a batch of images pass the heads together. Decoding is checked against the encoder: another
-    reconstruction than the ledger's raises InputError.
+    image's detections lose, in objects, the smooth task loss; loss_skipped: the same where the scale is not sent, but
+    predicted from its coarser one coded at this quality (scale 3, which has none: as in `uncoded`). Images without
+    ground truth of a task have no row. All variants of a batch of images pass the heads together. Decoding is checked
+    against the encoder: another reconstruction than the ledger's raises InputError.
     """
     expected, records = _lines(ledger, features, "mse_feature"), CodedSplit(coded, features.split)
-    clean_rows = uncoded[uncoded["split"] == features.split].set_index(["task", "image_id"])
-    own = dict(zip(clean_rows.index, clean_rows[["clean", "utility"]].to_numpy().tolist(), strict=True))
+    of_scale_3 = uncoded[(uncoded["split"] == features.split) & (uncoded["scale"] == "3")]
+    of_scale_3 = of_scale_3.set_index(["task", "image_id"])[["clean", "utility", "loss_skipped"]]
+    own = dict(zip(of_scale_3.index, of_scale_3.to_numpy().tolist(), strict=True))
 
     def measure(image_ids: list[int]) -> list[tuple]:
         clean = _on_device(features.pyramids(image_ids))
         decoded = records.decode(image_ids, feature_codec)
         _check_decoded(coded, image_ids, clean, decoded, expected)
         variants = [clean | {scale: decoded[scale]} for scale in SCALES]
+        variants += [clean | {scale: predictor(scale, decoded[coarser])} for scale, coarser in COARSER.items()]
         rows = []
         for task, (accuracies, utilities) in _own(detector, variants, image_ids, features, truth).items():
             for image_id, values, worth in zip(image_ids, accuracies.T, utilities.T, strict=True):
                 if (task, image_id) in own:
-                    before, utility = own[task, image_id]
+                    before, utility, without_3 = own[task, image_id]
+                    of_coded, of_skipped = np.split(utility - worth, [len(SCALES)])
+                    losses = {"3": without_3} | dict(zip(COARSER, of_skipped, strict=True))
                     rows += [
-                        (task, features.split, image_id, scale, before, value, before - value, utility - left)
-                        for scale, value, left in zip(SCALES, values, worth, strict=True)
+                        (task, features.split, image_id, scale, before, value, before - value, loss, losses[scale])
+                        for scale, value, loss in zip(SCALES, values[: len(SCALES)], of_coded, strict=True)
                     ]
         return rows
 
     rows = [row for part in _over_batches(measure, features, f"measure {features.split}") for row in part]
-    frame = pd.DataFrame(rows, columns=["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss"])
+    columns = ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]
+    frame = pd.DataFrame(rows, columns=columns)
     return frame.sort_values(["task", "image_id", "scale"], kind="stable", ignore_index=True)
 
 
@@ -124,7 +139,7 @@ class Choices(NamedTuple):
     """An allocation table as arrays."""
 
     points: list[tuple[str, int]]  # (method, number), in the table's order
-    phi: dict[int, np.ndarray]  # image id -> quality of each scale [points, 5]
+    phi: dict[int, np.ndarray]  # image id -> quality of each scale [points, 5], SKIPPED where it is not sent
 
 
 def choices_of(allocation: pd.DataFrame) -> Choices:
@@ -133,14 +148,15 @@ def choices_of(allocation: pd.DataFrame) -> Choices:
     ids = allocation["image_id"].unique()
     row = {image_id: i for i, image_id in enumerate(ids)}
     scale = {name: i for i, name in enumerate(SCALES)}
-    phi = np.full((len(ids), len(points), len(SCALES)), -1)
+    missing = SKIPPED - 1
+    phi = np.full((len(ids), len(points), len(SCALES)), missing)
     at = (
         allocation["image_id"].map(row),
         [number[p] for p in zip(allocation["method"], allocation["point"], strict=True)],
         allocation["scale"].map(scale),
     )
     phi[at] = allocation["phi"].astype(int)
-    for image, point, s in np.argwhere(phi < 0)[:1]:  # -1 would be read as the last quality
+    for image, point, s in np.argwhere(phi == missing)[:1]:
         method = " ".join(map(str, points[point]))
         raise InputError(f"allocation: image {ids[image]}, scale {SCALES[s]} has no phi in {method}; allocate again")
     return Choices(points, {int(image_id): phi[i] for image_id, i in row.items()})
@@ -159,13 +175,14 @@ def evaluate(
     coded: Path,
     qualities: list[str],
     feature_codec: FeatureCodec,
+    predictor: Predictor,
     allocations: dict[str, pd.DataFrame],
     truth: Truths,
 ) -> dict[str, tuple[Choices, dict[tuple[str, int], Matches]]]:
     """Task -> what the detections of every operating point are worth, from jointly decoded pyramids.
 
-    Each image is decoded once at every quality, and every scale taken at the quality that the method chose; equal
-    choices of several methods pass the heads once. Point ("none", 0) is the uncoded pyramid.
+    Each image is decoded once at every quality, and every scale taken at the quality that the method chose, or
+    predicted; equal choices of several methods pass the heads once. Point ("none", 0) is the uncoded pyramid.
     """
     choices = {task: choices_of(allocation) for task, allocation in allocations.items()}
     files = [coded / f"{quality}.h5" for quality in qualities]
@@ -179,7 +196,7 @@ def evaluate(
             _check_decoded(file, image_ids, clean, pyramid, lines)
         decoded.append(clean)
         return {
-            task: _joint_matches(detector, decoded, image_ids, features, truth, task, chosen)
+            task: joint_matches(detector, decoded, predictor, image_ids, features, truth, task, chosen)
             for task, chosen in choices.items()
         }
 
@@ -191,9 +208,10 @@ def evaluate(
     }
 
 
-def _joint_matches(
+def joint_matches(
     detector: nn.Module,
     decoded: list[Pyramid],
+    predictor: Predictor,
     image_ids: list[int],
     features: Features,
     truth: Truths,
@@ -206,14 +224,28 @@ def _joint_matches(
     wanted = [(i, phi) for i in image_ids for phi in sorted(set(chosen[i]))]
     found = {}
     for chunk in _chunks(wanted, PYRAMIDS_PER_PASS):
-        at = [(image_ids.index(i), phi) for i, phi in chunk]
-        pyramid = {scale: torch.stack([decoded[phi[s]][scale][k] for k, phi in at]) for s, scale in enumerate(SCALES)}
+        pyramid = _assemble(decoded, predictor, [(image_ids.index(i), phi) for i, phi in chunk])
         sizes = [features.sizes(i) for i, _ in chunk]
         detections = detect(detector, pyramid, sizes, {task}, truth.person_ids)
         for key, detection in zip(chunk, detections, strict=True):
             found[key] = results(key[0], detection, task, truth.person_ids)
     variants = [[r for i in image_ids for r in found[i, chosen[i][p]]] for p in range(len(choices.points) + 1)]
     return match_variants(truth.coco[task], variants, image_ids, task)
+
+
+def _assemble(decoded: list[Pyramid], predictor: Predictor, wanted: list[tuple[int, tuple[int, ...]]]) -> Pyramid:
+    """Pyramids at every quality, (image, phi of each scale) -> these variants; a skipped scale is predicted."""
+    pyramid: Pyramid = {}
+    for scale in COARSE_TO_FINE:
+        s = SCALES.index(scale)
+        # Any quality's maps hold the place of a skipped scale's.
+        maps = torch.stack([decoded[max(phi[s], 0)][scale][k] for k, phi in wanted])
+        skipped = torch.tensor([phi[s] == SKIPPED for _, phi in wanted], device=maps.device)
+        if skipped.any():
+            coarser = COARSER.get(scale)
+            maps[skipped] = predictor(scale, pyramid[coarser][skipped]) if coarser else NOTHING
+        pyramid[scale] = maps
+    return {scale: pyramid[scale] for scale in SCALES}
 
 
 def tabulate(
@@ -234,8 +266,11 @@ def tabulate(
     pixels = sum(np.prod(features.sizes(i).original) for i in order)
     scales, header = np.arange(len(SCALES)), 8 * FRAME_BYTES
     nothing = np.zeros(len(order))
+    none = np.zeros((len(SCALES), 1))  # bits of a scale that is not sent
+    with_skipped = {i: np.hstack([none, bits[i]]) for i in order}
     sent_at = [
-        [bits[i][scales, choices.phi[i][row]].sum() + header for i in order] for row in range(len(choices.points))
+        [with_skipped[i][scales, choices.phi[i][row] - SKIPPED].sum() + header for i in order]
+        for row in range(len(choices.points))
     ]
     rows, resampled = [], []
     for ((method, point), match), sent in zip(matches.items(), [nothing, *np.array(sent_at, float)], strict=True):

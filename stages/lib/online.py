@@ -4,7 +4,7 @@
     image -> backbone -> pyramid -> precoding -> bits -> allocation -> phi -> records -> file -> ...
                                                              ^
                                             lambda', or the size of the file
-    ... file -> decoded pyramid -> heads -> detections
+    ... file -> decoded scales -> prediction of the skipped ones -> heads -> detections
 
 Both sides run on one thread, as the workers of `shards`: there the same sums are made in the same order, so that one
 image has one file, and what was coded decodes on a machine with another number of cores.
@@ -31,7 +31,7 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmenta
 
 from stages.lib import mfip
 from stages.lib.accuracy import results
-from stages.lib.allocation import BISECTIONS, LOG10_LAMBDA_PRIME, Choose, mfiba, uniform
+from stages.lib.allocation import BISECTIONS, LOG10_LAMBDA_PRIME, Choose, mfiba_skip, uniform
 from stages.lib.bitstream import (
     FRAME_BYTES,
     MAX_SIDE,
@@ -46,7 +46,9 @@ from stages.lib.bitstream import (
 from stages.lib.coding import FeatureCodec, decode_scale, encode_scale, load_codec, pyramid_shapes
 from stages.lib.files import read_json
 from stages.lib.models import Sizes, detect, load_model, pyramid_of, read_image
-from stages.lib.params import SCALES, InputError, load_params
+from stages.lib.params import SCALES, SKIPPED, InputError, load_params, precode_of
+from stages.lib.prediction import Predictor
+from stages.lib.prediction import load as load_predictor
 
 TOLERANCE = 0.05  # of a wanted size of the file
 MASK_BYTES = 2**33  # that the masks of one image may take; torchvision pastes them into the original size
@@ -54,6 +56,7 @@ SHOWN = 0.5  # least score of a detection that is drawn
 COLORS = ("lime", "cyan", "magenta", "orange", "deepskyblue")  # of boxes and masks, in turn; keypoints are yellow
 INSTANCES = {  # stage -> its instance for a cell, as dvc.yaml's `foreach` and `matrix` call it
     "train_model": "{model}",
+    "fit_prediction": "{model}",
     "train_codec": "{model}-{codec}",
     "fit_loss_rate": "{name}",
     "train_mfip": "{model}-{codec}",
@@ -88,10 +91,11 @@ class Cell(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """What both sides have, and the `identity` of their two files."""
+    """What both sides have, and the `identity` of their files."""
 
     detector: nn.Module
     feature_codec: FeatureCodec
+    predictor: Predictor
     model_id: bytes
     codec_id: bytes
 
@@ -101,7 +105,7 @@ class Encoded(NamedTuple):
     bpp: float  # of the whole file; pixels are those of the image as it was given
     wanted_bpp: float | None  # None where lambda' or phi was given
     sensitivity: np.ndarray | None  # [5]; None where phi was given
-    phi: np.ndarray  # [5]
+    phi: np.ndarray  # [5], SKIPPED where nothing is sent
     scale_bits: np.ndarray  # [5], of the records
     seconds: dict[str, float]  # of each step
 
@@ -138,14 +142,19 @@ def load_cell(name: str) -> Cell:
 
 
 def load_networks(cell: Cell) -> Networks:
-    model, codec = cell.made_by("train_model"), cell.made_by("train_codec")
+    model, codec, prediction = map(cell.made_by, ("train_model", "train_codec", "fit_prediction"))
     detector, feature_codec = load_model(model, cell.params["models"][cell.model]), load_codec(codec)
-    if feature_codec.channels != detector.backbone.out_channels:
-        raise InputError(
-            f"{codec}: made for pyramids of {feature_codec.channels} channels, {model} has "
-            f"{detector.backbone.out_channels}; run train_codec again"
-        )
-    return Networks(detector, feature_codec, identity(model), identity(codec))
+    predictor = load_predictor(prediction)
+    channels = detector.backbone.out_channels
+    for path, made_for, stage in (
+        (codec, feature_codec.channels, "train_codec"),
+        (prediction, predictor.channels, "fit_prediction"),
+    ):
+        if made_for != channels:
+            raise InputError(
+                f"{path}: made for pyramids of {made_for} channels, {model} has {channels}; run {stage} again"
+            )
+    return Networks(detector, feature_codec, predictor, identity(model), identity(codec, prediction))
 
 
 # ---------------------------------------------------------------- sender
@@ -158,11 +167,11 @@ def encode(
 ) -> Encoded:
     """An image file -> its feature bitstream. At most one of the last three is given:
 
-    phi: one quality for all scales. lambda_prime: the price of a bit in the allocation `mfiba`, as in `allocate`.
+    phi: one quality for all scales. lambda_prime: the price of a bit in the allocation `mfiba_skip`, as in `allocate`.
     bpp: bits of the file per pixel of the image, met within 5 % where the qualities reach that far, else as nearly as
     they do. With none, the bpp that the precoding alone would have.
     """
-    lambdas, precode = cell.params["lambdas"], cell.params["mfip"]["precode"]
+    lambdas, precode = cell.params["lambdas"], precode_of(cell.params)
     _check_choice(len(lambdas), phi, lambda_prime, bpp)
     image = _read(path, cell)
     networks = load_networks(cell)
@@ -178,14 +187,16 @@ def encode(
     def record(scale: str, level: int) -> bytes:
         return encode_scale(pyramid[scale].cpu(), scale, level, feature_codec)[0].data
 
-    def records(phi: np.ndarray) -> list[bytes]:
-        """phi [5], whole or not: between two lambdas of the profile the logarithm is interpolated."""
+    def records(phi: np.ndarray) -> dict[str, bytes]:
+        """phi [5], below 0: not sent, else whole or not: between two lambdas the logarithm is interpolated."""
         between = np.exp(np.interp(phi, np.arange(len(lambdas)), np.log(list(lambdas.values()))))
         levels = [feature_codec.codec.level(lmbda) for lmbda in between]
-        return [record(scale, level) for scale, level in zip(SCALES, levels, strict=True)]
+        return {
+            scale: record(scale, level) for scale, value, level in zip(SCALES, phi, levels, strict=True) if value >= 0
+        }
 
     def bits(phi: np.ndarray) -> int:
-        return 8 * (FRAME_BYTES + sum(map(len, records(phi))))
+        return 8 * (FRAME_BYTES + sum(map(len, records(phi).values())))
 
     sensitivity = wanted = None
     if importance is None:
@@ -193,14 +204,13 @@ def encode(
     else:
         fit, predictor = importance
         with clock("precoding"):
-            quality = list(lambdas).index(precode)
-            (precoded,) = uniform(quality, 1)
-            precoded_bits = np.array([[8.0 * len(data) for data in records(precoded)]])
+            (precoded,) = uniform(precode, 1)
+            precoded_bits = np.array([[8.0 * len(data) for data in records(precoded).values()]])
         with clock("MFIP"):
             statistics = mfip.describe(pyramid, networks.detector.rpn.head).cpu()
             sensitivity = predictor(statistics)[1].double().numpy()  # [1, 5]
         with clock("allocation"):
-            of_all = mfiba(sensitivity, precoded_bits, fit, quality)
+            of_all = mfiba_skip(sensitivity, precoded_bits, fit, precode)
 
             def choose(lambda_prime: float) -> np.ndarray:
                 return of_all(lambda_prime)[0]
@@ -211,7 +221,7 @@ def encode(
                 wanted = bits(precoded) if bpp is None else bpp * pixels
                 chosen = nearest_in_size(choose, bits, wanted, len(lambdas) - 1)
     with clock("coding"):  # what precoding and allocation have not coded yet
-        coded = dict(zip(SCALES, records(chosen), strict=True))
+        coded = records(chosen)
     data = pack(
         Bitstream(
             networks.model_id,
@@ -226,8 +236,8 @@ def encode(
         8 * len(data) / pixels,
         None if wanted is None else wanted / pixels,
         None if sensitivity is None else sensitivity[0],
-        chosen,
-        np.array([8 * len(data) for data in coded.values()]),
+        np.where(chosen < 0, SKIPPED, chosen),
+        np.array([8 * len(coded.get(scale, b"")) for scale in SCALES]),
         clock.seconds,
     )
 
@@ -310,17 +320,17 @@ def decode(bitstream: Bitstream, cell: Cell, networks: Networks) -> dict[str, Te
     """
     check_identity(bitstream, networks.model_id, networks.codec_id)
     _check_sizes(bitstream.original, bitstream.resized, cell, networks.detector)
-    pyramid = decode_pyramid(bitstream, networks.feature_codec)
+    pyramid = decode_pyramid(bitstream, networks.feature_codec, networks.predictor)
     sizes = Sizes(bitstream.original, bitstream.resized, bitstream.padded)
     (detection,) = detect(networks.detector, pyramid, [sizes], {cell.task})
     return detection
 
 
-def decode_pyramid(bitstream: Bitstream, feature_codec: FeatureCodec) -> dict[str, Tensor]:
-    """Records -> scale -> [1, C, H_s, W_s], finite."""
+def decode_pyramid(bitstream: Bitstream, feature_codec: FeatureCodec, predictor: Predictor) -> dict[str, Tensor]:
+    """Records -> scale -> [1, C, H_s, W_s], finite; scales without a record are predicted."""
     shapes = pyramid_shapes(bitstream.padded)
     try:
-        pyramid = {
+        received = {
             scale: decode_scale([pack_record(record)], scale, shapes[scale], feature_codec)
             for scale, record in bitstream.records.items()
         }
@@ -328,6 +338,7 @@ def decode_pyramid(bitstream: Bitstream, feature_codec: FeatureCodec) -> dict[st
         raise
     except Exception as error:  # a codec does not expect what a forged payload holds
         raise BitstreamError(f"a payload cannot be decoded ({error}); code the image again") from error
+    pyramid = predictor.complete(received, (1, feature_codec.channels, *shapes["3"]))
     for scale, maps in pyramid.items():
         if not maps.isfinite().all():
             raise BitstreamError(f"scale {scale} decodes to features that are not finite; code the image again")

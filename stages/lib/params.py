@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import yaml
 
 SCALES = ("0", "1", "2", "3", "pool")
+COARSER = {"0": "1", "1": "2", "2": "3", "pool": "3"}  # scale -> what a receiver predicts it from if it is not sent
+COARSE_TO_FINE = ("3", "2", "1", "0", "pool")  # every scale after its coarser one
+SKIPPED = -1  # as phi: nothing is sent of a scale
 TASKS = {"detection": "bbox", "segmentation": "segm", "keypoints": "keypoints"}  # task -> COCO's iouType
 ARCHITECTURES = {  # architecture -> the tasks that its heads serve
     "resnet10_fpn": ("detection", "segmentation", "keypoints"),
@@ -208,6 +211,11 @@ def load_params() -> dict[str, Any]:
 def tasks_of(params: dict[str, Any], model: str, codec: str) -> list[str]:
     """The tasks of the cells of a model and a codec."""
     return [cell["task"] for cell in params["cells"].values() if (cell["model"], cell["codec"]) == (model, codec)]
+
+
+def precode_of(params: dict[str, Any]) -> int:
+    """The quality at which a sender codes first, as phi."""
+    return list(params["lambdas"]).index(params["mfip"]["precode"])
 
 
 def check_params(params: Any) -> None:

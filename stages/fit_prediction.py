@@ -1,0 +1,15 @@
+"""Features of `train` -> what stands in for a scale that is not sent, predicted from the next coarser one."""
+
+from pathlib import Path
+
+from stages.lib import prediction
+from stages.lib.features import Features
+from stages.lib.params import entry, load_params
+
+
+def main(features: Path, out: Path) -> None:
+    prediction.save(out, prediction.fit(Features(features, "train"), load_params()["seed"]))
+
+
+if __name__ == "__main__":
+    entry(main)
