@@ -17,18 +17,24 @@ from stages.lib.allocation import (
     closed_form,
     mfiba,
     mfiba_closed_form,
+    mfiba_skip,
     operating_points,
     oracle,
     rate_targets,
     static,
+    targets_below,
     upstream,
+    with_skipping,
 )
 from stages.lib.files import read_csv, write_csv
 from stages.lib.loss_rate import Curves, fit_scales
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import COARSER, SCALES, SKIPPED, InputError
 
 N, K, PRECODE = 12, 4, 1
-METHODS = ["uniform", "static", "upstream_predicted", "mfiba_closed_form", "mfiba", "upstream_measured", "oracle"]
+METHODS = [
+    *("uniform", "static", "upstream_predicted", "mfiba_closed_form", "mfiba", "static_skip", "mfiba_skip"),
+    *("upstream_measured", "oracle", "oracle_skip"),
+]
 
 
 def make_curves(seed: int, n: int = N) -> Curves:
@@ -42,7 +48,10 @@ def make_curves(seed: int, n: int = N) -> Curves:
     drop[1], loss[1], clean[1] = np.nan, 0, np.nan
     drop[2], clean[2] = 0, 0
     bits = np.round(rate * pixels[:, :, None]) + 1
-    return Curves(np.arange(n) * 3 + 5, drop, loss, clean, bits, pixels, 1e-3 * rate**-0.8)
+    skipped = 1.5 * sensitivity * np.linspace(3, 1, 1 + K) + rng.normal(0, 0.02, (n, 5, 1 + K))
+    skipped[:, 4] += 0.2  # or pool, whose bits are as dear as its losses are small, would never be sent
+    skipped[1] = 0
+    return Curves(np.arange(n) * 3 + 5, drop, loss, skipped, clean, bits, pixels, 1e-3 * rate**-0.8)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +177,45 @@ def test_of_equal_images_the_one_of_twice_the_sensitivity_gets_at_least_as_much(
     assert (phi[:, 1] >= phi[:, 0]).all() and (phi[:, 1] > phi[:, 0]).any((0, 1)).all()
 
 
+def cost_of(vector: tuple[int, ...], loss: np.ndarray, skipped: np.ndarray, bits: np.ndarray, price: float) -> float:
+    """Of one image: loss, bits [5, K], skipped [5, 1 + K]."""
+    total = 0.0
+    for s, scale in enumerate(SCALES):
+        if vector[s] == SKIPPED:
+            coarser = vector[SCALES.index(COARSER[scale])] if scale in COARSER else SKIPPED
+            total += skipped[s, 1 + coarser]
+        else:
+            total += loss[s, vector[s]] + price * bits[s, vector[s]]
+    return total
+
+
+@pytest.mark.parametrize("lambda_prime", [1e-9, 1e-4, 1e-3, 3e-3, 1.0])
+def test_with_skipping_is_the_best_of_all_vectors(lambda_prime):
+    rng = np.random.default_rng(4)
+    n, k = 6, 3
+    loss, skipped = rng.normal(0.1, 0.1, (n, 5, k)), rng.normal(0.4, 0.4, (n, 5, 1 + k))
+    skipped[:, 3] = skipped[:, 3, :1]  # scale 3 is predicted from nothing
+    bits = np.sort(rng.uniform(10, 300, (n, 5, k)))
+    found = with_skipping(loss, skipped, bits, lambda_prime)
+    for image in range(n):
+        parts = loss[image], skipped[image], bits[image], lambda_prime
+        best = min(product(range(SKIPPED, k), repeat=5), key=lambda v: cost_of(v, *parts))  # noqa: B023
+        assert found[image].tolist() == list(best)
+
+
+def test_nothing_is_sent_where_nothing_is_to_lose():
+    nothing, bits = np.zeros((1, 5, 4)), np.full((1, 5, 3), 10.0)
+    assert with_skipping(nothing[:, :, 1:], nothing, bits, 1e-9).tolist() == [[SKIPPED] * 5]
+
+
+def test_a_loss_that_skipping_never_repays_leaves_mfiba(evaluated, fit, importance):
+    dear = fit | {"mean": {s: m | {"loss_skipped": [1e9] * (1 + K)} for s, m in fit["mean"].items()}}
+    precoded = evaluated.bits[:, :, PRECODE]
+    plain, skipping = (f(importance.sensitivity, precoded, dear, PRECODE) for f in (mfiba, mfiba_skip))
+    for lambda_prime in PRICES:
+        assert (plain(lambda_prime) == skipping(lambda_prime)).all()
+
+
 @pytest.mark.parametrize("lambda_prime", [1e-9, 1e-5, 1e-4, 1e-3, 1.0])
 def test_static_is_the_best_of_all_fixed_vectors(lambda_prime):
     rng = np.random.default_rng(4)
@@ -270,6 +318,16 @@ def test_points_are_the_most_bits_not_above_the_target(evaluated, fit, importanc
     assert [0.0] * 5 in found[0].phi.tolist() and (found[-1].phi == K - 1).all()
 
 
+def test_a_skipped_scale_has_no_bits(evaluated):
+    phi = np.zeros((N, 5))
+    phi[:, 0] = SKIPPED
+    assert allocation.mean_bits_per_image(phi, evaluated.bits) == approx(evaluated.bits[:, 1:, 0].sum(1).mean())
+
+
+def test_targets_below_go_on_at_the_same_ratio():
+    assert targets_below(np.array([8.0, 16, 32])) == approx(np.array([0.5, 1, 2, 4, 8, 16, 32]))
+
+
 def test_a_method_that_saturates_gives_its_nearest_end_once(evaluated):
     bits = evaluated.bits
     middle = lambda lambda_prime: np.full((N, 5), 1.0 if lambda_prime > 7e-4 else 2.0)  # noqa: E731
@@ -286,7 +344,9 @@ def table(evaluated, fit, importance):
 def test_every_method_gives_every_image_and_scale_a_precoded_quality(table, evaluated):
     assert list(table.columns) == ["method", "point", "lambda_prime", "image_id", "scale", "phi"]
     assert list(dict.fromkeys(table["method"])) == METHODS
-    assert table["phi"].isin(range(K)).all()
+    skipping = table["method"].str.endswith("_skip")
+    assert table.loc[~skipping, "phi"].isin(range(K)).all()
+    assert set(table.loc[skipping, "phi"]) == {SKIPPED, *range(K)}
     for _, rows in table.groupby(["method", "point"]):
         assert rows["image_id"].tolist() == np.repeat(evaluated.image_ids, 5).tolist()
         assert rows["scale"].tolist() == list(SCALES) * N
@@ -317,13 +377,14 @@ def changed(table, other):
 
 def test_only_label_aware_methods_see_what_test_loses(evaluated, fit, importance, table):
     order = np.random.default_rng(0).permutation(N)
-    measured = {name: getattr(evaluated, name)[order] for name in ("drop", "loss", "clean")}
+    measured = {name: getattr(evaluated, name)[order] for name in ("drop", "loss", "loss_skipped", "clean")}
     other = allocate(evaluated._replace(**measured), fit, importance, PRECODE, 6)
-    assert changed(table, other) == ["upstream_measured", "oracle"]
+    assert changed(table, other) == ["upstream_measured", "oracle", "oracle_skip"]
 
 
 @pytest.mark.parametrize(
-    "what, methods", [("weights", ["upstream_predicted", "mfiba_closed_form"]), ("sensitivity", ["mfiba"])]
+    "what, methods",
+    [("weights", ["upstream_predicted", "mfiba_closed_form"]), ("sensitivity", ["mfiba", "mfiba_skip"])],
 )
 def test_predictions_reach_only_the_methods_that_predict(what, methods, evaluated, fit, importance, table):
     other = importance._replace(**{what: getattr(importance, what)[::-1]})
@@ -368,13 +429,20 @@ def test_the_stages_turn_tables_into_a_table(tmp_path, monkeypatch):
         write_csv(Path("coded", f"{name}.csv"), head.assign(bits=(64 * rate).round() + 8, pixels=64, mse=0.01 / rate))
         write_csv(
             Path("losses", f"{name}.csv"),
-            head.assign(task="detection", clean=0.6, coded=0.6 - 0.1 / rate, drop=0.1 / rate, loss=0.2 / rate),
+            head.assign(
+                task="detection",
+                clean=0.6,
+                coded=0.6 - 0.1 / rate,
+                drop=0.1 / rate,
+                loss=0.2 / rate,
+                loss_skipped=0.4 / rate,
+            ),
         )
+    write_csv(Path("uncoded.csv"), head.assign(task="detection", loss_skipped=0.5))
     write_csv(Path("mfip.csv"), head.assign(weight=0.2, sensitivity=1.0))
-    fit_loss_rate.main(Path("coded"), Path("losses"), "detection", Path("fit.json"))
-    allocate_stage.main(
-        Path("coded"), Path("losses"), Path("fit.json"), Path("mfip.csv"), "detection", Path("allocations.csv")
-    )
+    measured = Path("coded"), Path("losses"), Path("uncoded.csv")
+    fit_loss_rate.main(*measured, "detection", Path("fit.json"))
+    allocate_stage.main(*measured, Path("fit.json"), Path("mfip.csv"), "detection", Path("allocations.csv"))
     table = read_csv(Path("allocations.csv"))
     assert list(dict.fromkeys(table["method"])) == METHODS and set(table["scale"]) == set(SCALES)
     assert set(table["image_id"]) == set(range(10, 20))

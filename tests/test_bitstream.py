@@ -36,12 +36,12 @@ SMALL = Bitstream(
     records={s: Record(60 * i, *RANGES[i], PAYLOADS[i]) for i, s in enumerate(SCALES)},
 )
 GOLDEN = bytes.fromhex(
-    "4d4642 01 deadbeef 01020304 ab01 8002 2003 af04"
+    "4d4642 02 deadbeef 01020304 ab01 8002 2003 af04 1f"
     "00 00bc 003c 07 66656174757265"
     "3c 00b8 0040 03 6d6170"
     "78 0000 0000 00"
     "b4 fffb ff7b 02 ff00"
-    "f0 0180 0034 8201" + 130 * "7a" + "cfb51a9c"
+    "f0 0180 0034 8201" + 130 * "7a" + "59ca185d"
 )
 
 
@@ -57,7 +57,7 @@ def with_sizes(*sizes: int) -> bytes:
 def with_first_record(record: bytes) -> bytes:
     """`SMALL` with these bytes in place of its first record, the CRC right."""
     data = pack(SMALL)
-    return sealed(data[:20] + record + data[20 + len(pack_record(SMALL.records["0"])) : -4])
+    return sealed(data[:21] + record + data[21 + len(pack_record(SMALL.records["0"])) : -4])
 
 
 def random_bitstream(rng: random.Random) -> Bitstream:
@@ -67,7 +67,8 @@ def random_bitstream(rng: random.Random) -> Bitstream:
         return Record(rng.randrange(256), low, high, rng.randbytes(length))
 
     sizes = [(rng.randint(1, MAX_SIDE), rng.randint(1, MAX_SIDE)) for _ in range(2)]
-    return Bitstream(rng.randbytes(4), rng.randbytes(4), *sizes, {scale: record() for scale in SCALES})
+    sent = [scale for scale in SCALES if rng.random() < 0.8]
+    return Bitstream(rng.randbytes(4), rng.randbytes(4), *sizes, {scale: record() for scale in sent})
 
 
 def test_the_receiver_reads_what_the_sender_wrote():
@@ -80,6 +81,9 @@ def test_the_receiver_reads_what_the_sender_wrote():
 def test_the_layout_is_the_documented_one():
     assert pack(SMALL) == GOLDEN
     assert parse(GOLDEN) == SMALL
+    few = {scale: SMALL.records[scale] for scale in ("1", "3")}
+    assert pack(SMALL._replace(records=few)) == sealed(GOLDEN[:20] + b"\x0a" + b"".join(map(pack_record, few.values())))
+    assert len(pack(SMALL._replace(records={}))) == FRAME_BYTES
 
 
 @pytest.mark.parametrize(
@@ -175,11 +179,13 @@ RANGE_0_1, INF, NAN = "0000003c", "007c", "007e"
         (b"", "no feature bitstream"),
         (b"\x89PNG\r\n" + GOLDEN, "no feature bitstream"),
         (GOLDEN[:23], "cut off after 23 bytes"),
-        (sealed(b"MFB\x02" + GOLDEN[4:-4]), "version 2, known is 1"),
+        (sealed(b"MFB\x01" + GOLDEN[4:-4]), "version 1, known is 2"),
+        (sealed(GOLDEN[:20] + b"\x3f" + GOLDEN[21:-4]), "scales 00111111"),
+        (sealed(GOLDEN[:20] + b"\x0f" + GOLDEN[21:-4]), "137 bytes after its last record"),
         (GOLDEN[:-1] + b"\x00", "wrong CRC"),
         (sealed(GOLDEN[:-4] + b"??"), "2 bytes after its last record"),
-        (sealed(GOLDEN[:20]), "record at byte 20.*cut off"),
-        (sealed(GOLDEN[:25]), "record at byte 20.*cut off"),
+        (sealed(GOLDEN[:21]), "record at byte 21.*cut off"),
+        (sealed(GOLDEN[:26]), "record at byte 21.*cut off"),
         (with_first_record(bytes.fromhex(f"00 {RANGE_0_1} ffffff7f")), "268435455 bytes of payload, 16. are left"),
         (with_first_record(bytes.fromhex(f"00 {RANGE_0_1} 8000")), "as few as it takes"),
         (with_first_record(bytes.fromhex(f"00 {RANGE_0_1} 81808000") + b"x"), "as few as it takes"),
@@ -225,9 +231,12 @@ def test_a_length_beyond_the_data_allocates_nothing():
 
 
 def test_an_identity_is_the_start_of_the_sha_256_of_the_file(tmp_path: Path):
-    path = tmp_path / "weights.pt"
+    path, other = tmp_path / "weights.pt", tmp_path / "other.pt"
     path.write_bytes(b"abc")
     assert identity(path).hex() == "ba7816bf"  # FIPS 180-4's example
+    path.write_bytes(b"a")
+    other.write_bytes(b"bc")
+    assert identity(path, other).hex() == "ba7816bf"
 
 
 def test_other_weights_than_the_senders_are_named():

@@ -41,11 +41,13 @@ def folders(tmp_path):
                     head = {"split": split, "image_id": image_id + 100 * (split == "test"), "scale": scale}
                     rows.append(head | measured(image_id, s, q))
                     drop = {"clean": image_id / 50, "coded": 0, "drop": image_id + s / 10 + q / 100}
-                    drop["loss"] = 1 - drop["drop"]
+                    drop["loss"], drop["loss_skipped"] = 1 - drop["drop"], 2 - drop["drop"]
                     drops += [{"task": task, **head, **drop} for task in ("keypoints", "detection") if image_id != 12]
         write_csv(coded / f"{name}.csv", pd.DataFrame(rows))
         write_csv(losses / f"{name}.csv", pd.DataFrame(drops))
-    return coded, losses
+    uncoded = pd.DataFrame(drops).assign(loss_skipped=lambda rows: 1000 + rows["drop"])  # the last quality's drops
+    write_csv(tmp_path / "uncoded.csv", uncoded)
+    return coded, losses, tmp_path / "uncoded.csv"
 
 
 def test_curves_hold_every_row_in_rising_image_id(folders):
@@ -62,13 +64,17 @@ def test_curves_hold_every_row_in_rising_image_id(folders):
                 if image_id != 12:
                     assert curves.drop[n, s, q] == image_id + s / 10 + q / 100
                     assert curves.loss[n, s, q] == 1 - curves.drop[n, s, q]
+                    assert curves.loss_skipped[n, s, 1 + q] == 2 - curves.drop[n, s, q]
+                    neither = approx(1000 + image_id + s / 10 + 0.03)  # nor the coarser one
+                    assert curves.loss_skipped[n, s, 0] == neither
 
 
 def test_images_without_ground_truth_keep_their_bits_and_have_nothing_to_lose(folders):
     curves = read_curves(*folders, LAMBDAS, "detection", "test")
     assert curves.labelled.tolist() == [True, True, False, True]
     assert np.isnan(curves.drop[2]).all() and np.isnan(curves.clean[2]) and np.isfinite(curves.bits[2]).all()
-    assert (curves.loss[2] == 0).all() and np.isfinite(curves.loss).all()
+    for loss in (curves.loss, curves.loss_skipped):
+        assert (loss[2] == 0).all() and np.isfinite(loss).all()
 
 
 def change(file, **how):
@@ -88,6 +94,8 @@ def change(file, **how):
         (1, "q2.csv", lambda f: f.drop(columns="drop")),
         (1, "q2.csv", lambda f: f.drop(columns="loss")),
         (1, "q3.csv", lambda f: f.assign(loss=np.nan)),
+        (1, "q1.csv", lambda f: f.assign(loss_skipped=np.nan)),
+        (2, "", lambda f: f[f.image_id != 7]),
         (1, "q3.csv", lambda f: f[f.task != "detection"]),
         (1, "q2.csv", lambda f: f[f.scale != "pool"]),
         (1, "q3.csv", lambda f: f[f.image_id != 7]),
@@ -96,7 +104,7 @@ def change(file, **how):
 )
 def test_a_bad_table_is_named(folders, folder, name, to):
     change(folders[folder] / name, to=to)
-    with pytest.raises(InputError, match=f"{'coded' if folder == 0 else 'losses'}/{name}"):
+    with pytest.raises(InputError, match=("coded/", "losses/", "uncoded.csv")[folder] + name):
         read_curves(*folders, LAMBDAS, "detection", "fit")
 
 
@@ -163,7 +171,7 @@ def test_sensitivities_are_how_many_times_the_mean_an_image_loses():
 def rates_only(bits):
     """Curves of [n, 5, K] bits on planes of one pixel, with drops and losses that no fit finds doubtful."""
     n = len(bits)
-    return Curves(np.arange(n), 1 / bits, 1 / bits, np.ones(n), bits, np.ones((n, 5)), 1 / bits)
+    return Curves(np.arange(n), 1 / bits, 1 / bits, 1 / bits, np.ones(n), bits, np.ones((n, 5)), 1 / bits)
 
 
 def test_bits_that_are_a_power_of_the_precodings_are_predicted_exactly():
@@ -216,7 +224,7 @@ def test_each_rival_wins_on_data_of_its_own(model):
         "quality_sensitivity": steps * rng.uniform(0.2, 2, (60, 1, 1)) + 0 * rate,
     }[model]
     drop = np.full(rate.shape, np.nan)  # not read
-    found = rivals(Curves(np.arange(60), drop, loss, np.ones(60), rate * 64, np.full((60, 5), 64.0), mse), 1)
+    found = rivals(Curves(np.arange(60), drop, loss, loss, np.ones(60), rate * 64, np.full((60, 5), 64.0), mse), 1)
     assert found[model] > 0.98
     equal = {model, "quality_sensitivity"} | ({"power_offset"} if model == "power" else set())  # it knows the image
     assert all(r2 < found[model] - 0.01 for other, r2 in found.items() if other not in equal)
@@ -226,7 +234,7 @@ def test_rivals_are_held_out():
     loss = np.zeros((10, 5, 2))
     loss[:, 1] = np.random.default_rng(0).normal(3, 1, (10, 2))
     ones = np.ones(loss.shape)
-    curves = Curves(np.arange(10), ones, loss, np.ones(10), ones, np.ones((10, 5)), ones)
+    curves = Curves(np.arange(10), ones, loss, loss, np.ones(10), ones, np.ones((10, 5)), ones)
     left = np.array([loss[np.arange(10) % 5 != n % 5, 1].mean(0) for n in range(10)])
     expected = 1 - ((loss[:, 1] - left) ** 2).mean() / loss[:, 1].var()
     assert rivals(curves, 1)["quality"] == approx(expected)
@@ -313,8 +321,10 @@ def curves():
     drop = sensitivity[:, :, None] * 0.1 * rate**-0.8 + rng.normal(0, 0.001, rate.shape)
     clean = rng.uniform(0.2, 0.9, n)
     loss = 10 * drop
+    skipped = np.concatenate([loss[:, :, :1] + 2, loss + 1], 2)
+    skipped[[4, 8]] = 0
     drop[[4, 8]], clean[[4, 8]], loss[[4, 8]] = np.nan, np.nan, 0
-    return Curves(np.arange(n), drop, loss, clean, rate * pixels[:, :, None], pixels, mse)
+    return Curves(np.arange(n), drop, loss, skipped, clean, rate * pixels[:, :, None], pixels, mse)
 
 
 def test_scales_are_fitted_to_what_made_them(curves):
@@ -330,6 +340,8 @@ def test_scales_are_fitted_to_what_made_them(curves):
     assert fit["mean"]["2"]["drop"] == approx(np.nanmean(curves.drop[:, 2], 0))
     assert fit["mean"]["pool"]["bits"] == approx(curves.bits[:, 4].mean(0))
     assert fit["mean"]["2"]["loss"] == approx(np.nanmean(10 * curves.drop[:, 2], 0) * 38 / 40)
+    skipped = np.nanmean(10 * curves.drop[:, 2], 0)[[0, *range(6)]] + [2, 1, 1, 1, 1, 1, 1]
+    assert fit["mean"]["2"]["loss_skipped"] == approx(skipped * 38 / 40)
     assert fit["rivals"]["2"] == rivals(curves, 2)
 
 

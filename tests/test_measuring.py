@@ -32,8 +32,9 @@ from stages.lib.measuring import (
     uncoded_accuracies,
 )
 from stages.lib.models import Sizes
-from stages.lib.params import SCALES, TASKS, InputError
+from stages.lib.params import COARSER, SCALES, SKIPPED, TASKS, InputError
 from stages.lib.planes import Packing
+from stages.lib.prediction import Predictor
 
 CHANNELS, SIDE, PADDED = 4, 64, (64, 64)
 QUALITIES = {"q1": 3, "q2": 10, "q3": 60}  # for `Rounding`
@@ -71,6 +72,16 @@ def features(image_ids, tmp_path_factory) -> Features:
         items.append(("test", image_id, pyramid, Sizes((SIDE, SIDE + k), PADDED, PADDED)))
     write_features(path, items, "float32")
     return Features(path, "test")
+
+
+def seeded_predictor() -> Predictor:
+    torch.manual_seed(2)
+    return Predictor(CHANNELS).eval()
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return seeded_predictor()
 
 
 class Rounding:
@@ -189,46 +200,66 @@ def fake_ledger(path: Path, errors: dict[tuple[int, str], float]) -> Path:
     return path
 
 
-def test_features_decoded_without_error_lose_nothing(seer, features, tmp_path, monkeypatch):
+def test_features_decoded_without_error_lose_nothing(seer, features, predictor, tmp_path, monkeypatch):
     without_error = SimpleNamespace(decode=lambda image_ids, _: features.pyramids(image_ids))
     monkeypatch.setattr(measuring, "CodedSplit", lambda path, split: without_error)
     ledger = fake_ledger(tmp_path / "q.csv", {(i, s): 0.0 for i in features.image_ids for s in SCALES})
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
-    uncoded = uncoded_accuracies(seer, features, truth)
-    losses = single_scale_losses(seer, features, tmp_path / "q.h5", None, ledger, truth, uncoded)
+    uncoded = uncoded_accuracies(seer, features, predictor, truth)
+    losses = single_scale_losses(seer, features, tmp_path / "q.h5", None, ledger, predictor, truth, uncoded)
     assert (losses[["drop", "loss"]] == 0).all(axis=None) and (losses["clean"] == losses["coded"]).all()
     assert losses["clean"].between(0.05, 0.999).any()  # a detector that is neither blind nor perfect
 
 
-def test_each_drop_and_loss_is_that_of_the_image_alone(seer, features, feature_codec, coded):
+KEY = ["task", "image_id", "scale"]
+
+
+def test_each_drop_and_loss_is_that_of_the_image_alone(seer, features, feature_codec, predictor, coded):
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
-    own = uncoded_accuracies(seer, features, truth)
-    assert own.columns.tolist() == ["task", "split", "image_id", "clean", "utility"]
-    losses = single_scale_losses(seer, features, coded / "q1.h5", feature_codec, coded / "q1.csv", truth, own)
-    assert losses.columns.tolist() == ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss"]
+    own = uncoded_accuracies(seer, features, predictor, truth)
+    assert own.columns.tolist() == ["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"]
+    parts = coded / "q1.h5", feature_codec, coded / "q1.csv", predictor
+    losses = single_scale_losses(seer, features, *parts, truth, own)
+    measured = ["clean", "coded", "drop", "loss", "loss_skipped"]
+    assert losses.columns.tolist() == ["task", "split", "image_id", "scale", *measured]
     assert losses["scale"].map(type).eq(str).all()
     clean, decoded = clean_pyramids(features), decoded_pyramids(coded / "q1.h5", feature_codec)
-    lines = losses.set_index(["task", "image_id", "scale"])
-    worth = own.set_index(["task", "image_id"])["utility"]
+    lines, own_lines = losses.set_index(KEY), own.set_index(KEY)
     left_out = 0
     for task, coco in truth.coco.items():
         for i in features.image_ids:
-            uncoded = reference_ap(coco, found_in(seer, {i: clean[i]}, task), [i], task)
+
+            def found(**changed: torch.Tensor) -> list[dict]:
+                return found_in(seer, {i: clean[i] | changed}, task)  # noqa: B023
+
+            def utility(**changed: torch.Tensor) -> float:
+                return match(coco, found(**changed), [i], task).utility.item()  # noqa: B023
+
+            uncoded = reference_ap(coco, found(), [i], task)
             if np.isnan(uncoded):
                 left_out += 1
                 assert (task, i) not in lines.index.droplevel("scale")
                 continue
-            utility = match(coco, found_in(seer, {i: clean[i]}, task), [i], task).utility.item()
-            assert worth[task, i] == approx(utility, abs=1e-12)
             for scale in SCALES:
-                found = found_in(seer, {i: clean[i] | {scale: decoded[i][scale]}}, task)
-                value = reference_ap(coco, found, [i], task)
-                line = lines.loc[(task, i, scale)]
+                value = reference_ap(coco, found(**{scale: decoded[i][scale]}), [i], task)
+                line, own_line = lines.loc[(task, i, scale)], own_lines.loc[(task, i, scale)]
                 assert (line["clean"], line["coded"]) == approx((uncoded, value), abs=1e-12)
                 assert line["drop"] == line["clean"] - line["coded"]
-                assert line["loss"] == approx(utility - match(coco, found, [i], task).utility.item(), abs=1e-12)
+                assert line["loss"] == approx(utility() - utility(**{scale: decoded[i][scale]}), abs=1e-12)
+                assert own_line[["clean", "utility"]].tolist() == approx([uncoded, utility()], abs=1e-12)
+                if scale == "3":
+                    nothing = utility(**{"3": torch.zeros_like(clean[i]["3"])})
+                    assert line["loss_skipped"] == own_line["loss_skipped"] == approx(utility() - nothing, abs=1e-12)
+                    continue
+                coarser = COARSER[scale]
+                of_decoded = predictor(scale, decoded[i][coarser][None])[0]
+                assert line["loss_skipped"] == approx(utility() - utility(**{scale: of_decoded}), abs=1e-12)
+                nothing = torch.zeros_like(clean[i]["3"][None])
+                guess = nothing if coarser == "3" else predictor(coarser, clean[i][COARSER[coarser]][None])
+                without = utility(**{scale: predictor(scale, guess)[0]})
+                assert own_line["loss_skipped"] == approx(utility() - without, abs=1e-12)
     assert left_out > 0 and len(lines) == len(SCALES) * (2 * len(features.image_ids) - left_out)
-    assert losses[["drop", "loss"]].abs().max().min() > 0.05 and set(losses["split"]) == {"test"}
+    assert losses[["drop", "loss", "loss_skipped"]].abs().max().min() > 0.05 and set(losses["split"]) == {"test"}
 
 
 def copy_of(coded: Path, folder: Path, quality: str = "q1") -> tuple[Path, Path]:
@@ -239,9 +270,9 @@ def copy_of(coded: Path, folder: Path, quality: str = "q1") -> tuple[Path, Path]
 
 
 def measure(seer, features, feature_codec, path, ledger):
-    truth = truths({"detection": seer.coco["detection"]})
-    uncoded = uncoded_accuracies(seer, features, truth)
-    return single_scale_losses(seer, features, path, feature_codec, ledger, truth, uncoded)
+    truth, predictor = truths({"detection": seer.coco["detection"]}), Predictor(CHANNELS)
+    uncoded = uncoded_accuracies(seer, features, predictor, truth)
+    return single_scale_losses(seer, features, path, feature_codec, ledger, predictor, truth, uncoded)
 
 
 def test_a_changed_coded_file_is_refused(seer, features, feature_codec, coded, tmp_path):
@@ -317,13 +348,15 @@ def allocation(image_ids) -> pd.DataFrame:
         image_ids,
         uniform=[lambda k, s, q=q: q for q in range(3)],
         mixed=[lambda k, s: (k + s) % 3, lambda k, s: 2 if s == 1 else 0],
+        skipping=[lambda k, s: SKIPPED, lambda k, s: (k + s) % 4 + SKIPPED, lambda k, s: 1 if s == 3 else SKIPPED],
         copied=[lambda k, s: 1],
     )
 
 
 def points_of(seer, features, feature_codec, coded, allocation, task, resamples=20):
-    truth = truths({task: seer.coco[task]})
-    evaluated = evaluate(seer, features, coded, list(QUALITIES), feature_codec, {task: allocation}, truth)
+    truth, predictor = truths({task: seer.coco[task]}), seeded_predictor()
+    parts = coded, list(QUALITIES), feature_codec, predictor
+    evaluated = evaluate(seer, features, *parts, {task: allocation}, truth)
     choices, matches = evaluated[task]
     bits = bits_of(coded, list(QUALITIES), features)
     names = {"task": task, "codec": "elic"}
@@ -331,13 +364,16 @@ def points_of(seer, features, feature_codec, coded, allocation, task, resamples=
 
 
 @pytest.mark.parametrize("task", ["detection", "keypoints"])
-def test_points_are_those_of_pycocotools_and_of_the_files(seer, features, feature_codec, coded, allocation, task):
+def test_points_are_those_of_pycocotools_and_of_the_files(
+    seer, features, feature_codec, predictor, coded, allocation, task
+):
     points, _ = points_of(seer, features, feature_codec, coded, allocation, task)
     assert points.columns.tolist() == [
         *("task", "codec", "method", "point", "n_images", "bits_per_image", "bpp"),
         *("accuracy", "accuracy_name", "split"),
     ]
-    keys = [("none", 0), ("uniform", 0), ("uniform", 1), ("uniform", 2), ("mixed", 0), ("mixed", 1), ("copied", 0)]
+    keys = [("none", 0), ("uniform", 0), ("uniform", 1), ("uniform", 2), ("mixed", 0), ("mixed", 1)]
+    keys += [("skipping", 0), ("skipping", 1), ("skipping", 2), ("copied", 0)]
     assert list(zip(points["method"], points["point"], strict=True)) == keys
     assert (points["n_images"] == 6).all() and set(points["split"]) == {"test"}
     qualities = [decoded_pyramids(coded / f"{q}.h5", feature_codec) for q in QUALITIES]
@@ -354,11 +390,12 @@ def test_points_are_those_of_pycocotools_and_of_the_files(seer, features, featur
         else:
             table = allocation[(allocation["method"] == line["method"]) & (allocation["point"] == line["point"])]
             phi = table.pivot(index="image_id", columns="scale", values="phi").astype(int)
-            pyramids = {i: {s: qualities[phi.loc[i, s]][i][s] for s in SCALES} for i in ids}
-            sent = (
-                sum(bits[phi.loc[i, s]][k, c] for k, i in enumerate(ids) for c, s in enumerate(SCALES))
-                + 6 * 8 * FRAME_BYTES
-            )
+            pyramids, sent = {}, 6 * 8 * FRAME_BYTES
+            for k, i in enumerate(ids):
+                received = {s: qualities[phi.loc[i, s]][i][s][None] for s in SCALES if phi.loc[i, s] != SKIPPED}
+                sent += sum(bits[phi.loc[i, s]][k, SCALES.index(s)] for s in received)
+                whole = predictor.complete(received, (1, *clean[i]["3"].shape))
+                pyramids[i] = {s: maps[0] for s, maps in whole.items()}
         assert line["bits_per_image"] == approx(sent / 6)
         assert line["bpp"] == approx(sent / pixels)
         assert line["accuracy"] == approx(reference_ap(coco, found_in(seer, pyramids, task), ids, task), abs=1e-12)
@@ -370,11 +407,10 @@ def test_tasks_evaluated_together_have_the_points_that_each_has_alone(seer, feat
     tasks = ("detection", "keypoints")
     fewer = {"detection": allocation, "keypoints": allocation[allocation["method"] != "mixed"]}
     truth = truths({task: seer.coco[task] for task in tasks})
-    together = evaluate(seer, features, coded, list(QUALITIES), feature_codec, fewer, truth)
+    parts = seer, features, coded, list(QUALITIES), feature_codec, seeded_predictor()
+    together = evaluate(*parts, fewer, truth)
     for task in tasks:
-        alone = evaluate(
-            seer, features, coded, list(QUALITIES), feature_codec, {task: fewer[task]}, truths({task: seer.coco[task]})
-        )
+        alone = evaluate(*parts, {task: fewer[task]}, truths({task: seer.coco[task]}))
         assert together[task][0].points == alone[task][0].points
         for point, matches in alone[task][1].items():
             for mine, other in zip(together[task][1][point], matches, strict=True):

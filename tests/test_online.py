@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pytest import approx
 
-from stages.lib import mfip, online
+from stages.lib import mfip, online, prediction
 from stages.lib.bitstream import (
     FRAME_BYTES,
     MAX_SIDE,
@@ -42,7 +42,7 @@ from stages.lib.online import (
     load_networks,
     nearest_in_size,
 )
-from stages.lib.params import SCALES, TASKS, InputError
+from stages.lib.params import COARSER, SCALES, SKIPPED, TASKS, InputError
 from stages.lib.planes import Packing
 
 ROOT = Path(__file__).parents[1]
@@ -50,9 +50,11 @@ IMAGE, SIZE = Path("image_12.png"), (40, 50)  # height, width in px; 32 x 40 as 
 CHANNELS = 32  # of resnet10_fpn
 LAMBDAS = {"q1": 0.0005, "q2": 0.002, "q3": 0.008, "q4": 0.032}
 STEPS, PRICE = np.array([4.0, 1.0, 0.25]), 0.001  # see `write_fit`
+WITHOUT = (9.0, 9.0, 9.0, 9.0, 3.0)  # loss of a skipped scale
 NETWORK = {"N": 16, "M": 32, "groups": [8, 24], "context": {"widths": [8, 8], "kernel": 3}}
 MADE = {
     "data/models/small.pt": "train_model@small",
+    "data/predictions/small.pt": "fit_prediction@small",
     "data/codecs/small/elic.pt": "train_codec@small-elic",
     "data/loss_rate/small/elic/detection.json": "fit_loss_rate@detection-elic",
     "data/mfip/small/elic/detection.pt": "train_mfip@small-elic",
@@ -75,13 +77,26 @@ def write_codec(path: Path, seed: int) -> None:
 
 
 def write_fit(path: Path) -> None:
-    """Each quality halves the loss and doubles the bits: q is worth it below a price of STEPS[q - 1] * k / bits."""
+    """Each quality halves the loss and doubles the bits: q is worth it below a price of STEPS[q - 1] * k / bits.
+
+    To skip a scale costs a loss of WITHOUT[s], less than to send it at a price above that of some scales.
+    """
     gain = [0.5, 1.0, 2.0, 4.0]  # of the bits of q2
     models = {
         "mean": {"loss": [4.0, 2.0, 1.0, 0.5], "bits": [1.0] * len(LAMBDAS)},
         "rate": {"slope": [1.0] * len(LAMBDAS), "offset": np.log(gain).tolist()},
     }
-    write_json(path, {name: dict.fromkeys(SCALES, values) for name, values in models.items()})
+    fit = {name: dict.fromkeys(SCALES, values) for name, values in models.items()}
+    fit["mean"] = {
+        scale: values | {"loss_skipped": [without] * (1 + len(LAMBDAS))}
+        for (scale, values), without in zip(fit["mean"].items(), WITHOUT, strict=True)
+    }
+    write_json(path, fit)
+
+
+def write_predictor(path: Path) -> None:
+    torch.manual_seed(0)
+    prediction.save(path, prediction.Predictor(CHANNELS))
 
 
 def write_mfip(path: Path) -> None:
@@ -109,6 +124,7 @@ def profile(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_model(Path("data/models/small.pt"), 0)
+        write_predictor(Path("data/predictions/small.pt"))
         write_codec(Path("data/codecs/small/elic.pt"), 0)
         for task in TASKS:
             write_fit(Path(f"data/loss_rate/small/elic/{task}.json"))
@@ -173,10 +189,14 @@ def test_one_image_has_one_file_on_any_number_of_threads(cell, threads):
 
 def test_the_receiver_has_what_each_scale_decodes_to_at_its_level(cell, networks):
     encoded = encode(IMAGE, cell, lambda_prime=PRICE)
-    received = decode_pyramid(parse(encoded.data), networks.feature_codec)
+    received = decode_pyramid(parse(encoded.data), networks.feature_codec, networks.predictor)
     pyramid, _ = pyramid_of(networks.detector, read_image(IMAGE))
     lambdas = list(LAMBDAS.values())
+    assert encoded.phi.tolist().count(SKIPPED) == 1
     for scale, phi in zip(SCALES, encoded.phi.astype(int), strict=True):
+        if phi == SKIPPED:
+            assert torch.equal(received[scale], networks.predictor(scale, received[COARSER[scale]]))
+            continue
         level = networks.feature_codec.codec.level(lambdas[phi])
         (record,) = encode_scale(pyramid[scale].cpu(), scale, level, networks.feature_codec)
         alone = decode_scale([record.data], scale, pyramid[scale].shape[2:], networks.feature_codec)
@@ -185,9 +205,9 @@ def test_the_receiver_has_what_each_scale_decodes_to_at_its_level(cell, networks
 
 def test_the_bits_of_a_file_are_those_of_the_ledger(cell):
     encoded = encode(IMAGE, cell, lambda_prime=PRICE)
-    records = [len(pack_record(record)) for record in parse(encoded.data).records.values()]
-    assert encoded.scale_bits.tolist() == [8 * length for length in records]
-    assert len(encoded.data) == FRAME_BYTES + sum(records)
+    records = {scale: len(pack_record(record)) for scale, record in parse(encoded.data).records.items()}
+    assert encoded.scale_bits.tolist() == [8 * records.get(scale, 0) for scale in SCALES] and len(records) < 5
+    assert len(encoded.data) == FRAME_BYTES + sum(records.values())
     assert encoded.bpp == 8 * len(encoded.data) / (SIZE[0] * SIZE[1])
 
 
@@ -199,8 +219,10 @@ def test_phi_follows_from_sensitivity_and_the_bits_of_the_precoding(cell, networ
     with torch.inference_mode():
         _, expected = mfip.load(cell.made_by("train_mfip"))(mfip.describe(pyramid, networks.detector.rpn.head))
     assert encoded.sensitivity == approx(expected[0].numpy(), rel=1e-4) and np.ptp(encoded.sensitivity) > 0.1
-    worth = STEPS * encoded.sensitivity[:, None] / precoded[:, None] > PRICE
-    assert encoded.phi.tolist() == worth.sum(1).tolist() and len(set(encoded.phi)) > 2
+    worth = (STEPS * encoded.sensitivity[:, None] / precoded[:, None] > PRICE).sum(1)
+    loss, bits = 4 * 0.5**worth, 0.5 * 2.0**worth * precoded  # of the best quality
+    skipped = np.array(WITHOUT) * encoded.sensitivity < loss * encoded.sensitivity + PRICE * bits
+    assert encoded.phi.tolist() == np.where(skipped, SKIPPED, worth).tolist() and len(set(encoded.phi)) > 2
     assert list(encoded.seconds) == ["backbone", "precoding", "MFIP", "allocation", "coding"]
 
 
@@ -231,13 +253,14 @@ def test_without_a_choice_a_file_is_as_large_as_its_precoding(cell):
     assert encode(IMAGE, cell).bpp == approx(encode(IMAGE, cell, phi=1).bpp, rel=0.05)  # precode: q2
 
 
-@pytest.mark.parametrize(("bpp", "phi"), [(0.01, 0), (1e4, 3)])
-def test_a_size_out_of_reach_gives_the_nearest_and_a_warning(bpp, phi, cell, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("bpp", "sent"), [(0.01, 0), (1e4, 5)])
+def test_a_size_out_of_reach_gives_the_nearest_and_a_warning(bpp, sent, cell, tmp_path, monkeypatch, capsys):
     words = (IMAGE, "-o", tmp_path / "out.mfb", "--cell", cell.name, "--bpp", bpp)
     assert command("encode", *words, monkeypatch=monkeypatch) == 0
     (warning,) = capsys.readouterr().err.splitlines()
     assert re.search(rf"out.mfb: .* nearest to {re.escape(format(bpp, '.4g'))}", warning)
-    assert (tmp_path / "out.mfb").read_bytes() == encode(IMAGE, cell, phi=phi).data
+    data = (tmp_path / "out.mfb").read_bytes()
+    assert data == encode(IMAGE, cell, phi=3).data if sent else len(data) == FRAME_BYTES
 
 
 @pytest.mark.parametrize(
@@ -443,7 +466,7 @@ def test_whatever_a_codec_raises_is_a_bitstream_error(error, coded, networks, mo
 
     monkeypatch.setattr(online, "decode_scale", decode_scale)
     with pytest.raises(BitstreamError, match="payload cannot be decoded"):
-        decode_pyramid(coded, networks.feature_codec)
+        decode_pyramid(coded, networks.feature_codec, networks.predictor)
 
 
 def test_damage_is_one_line_and_leaves_no_file(coded, tmp_path, monkeypatch, capsys):

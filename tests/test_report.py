@@ -85,7 +85,10 @@ def write_models(data: Path, task: str) -> None:
     drop[:, 4] = rng.normal(0, 0.01, (n, k))  # pool: nothing to model
     loss = 3 * drop
     loss[:, 4] = 0
-    curves = Curves(np.arange(n), drop, loss, np.full(n, 0.5), np.round(rate * pixels[:, :, None]), pixels, rate**-1.0)
+    skipped = np.concatenate([loss[:, :, :1], loss], 2) + 1
+    curves = Curves(
+        np.arange(n), drop, loss, skipped, np.full(n, 0.5), np.round(rate * pixels[:, :, None]), pixels, rate**-1.0
+    )
     with pytest.warns(UserWarning, match="scale 'pool' is doubtful"):
         write_json(data / "loss_rate/small/elic" / f"{task}.json", fit_scales(curves, PRECODE))
     held_out = {"network": {"kl": 0.21, "mae": 0.12}, "constant": {"kl": 0.22, "mae": 0.13}}

@@ -38,8 +38,8 @@ class Predictor(nn.Module):
         self.layers = nn.ModuleDict(
             {scale: nn.Conv2d(channels, 4 * channels, KERNEL, padding=KERNEL // 2) for scale in SCALES[:3]}
         )
+        self.requires_grad_(False)  # solved for, not trained
 
-    @torch.inference_mode()
     def forward(self, scale: str, coarser: Tensor) -> Tensor:
         """[N, C, h, w] of COARSER[scale] -> `scale`: [N, C, 2 h, 2 w], or pool's [N, C, ceil(h / 2), ceil(w / 2)]."""
         if scale == "pool":
@@ -77,8 +77,8 @@ def fit(features: Features, seed: int) -> Predictor:
             moments += torch.cat([ones, x]) @ torch.cat([ones, x, y]).T
     for scale, moments in sums.items():
         weight, bias = _ridge(moments, inputs)
-        predictor.layers[scale].weight.data = weight.T.reshape(outputs, channels, KERNEL, KERNEL).float().contiguous()
-        predictor.layers[scale].bias.data = bias.float()
+        predictor.layers[scale].weight.copy_(weight.T.view(outputs, channels, KERNEL, KERNEL))
+        predictor.layers[scale].bias.copy_(bias)
     return predictor
 
 
