@@ -33,7 +33,6 @@ SCALE_LIMITS = (SCALE_TABLE[1:] * SCALE_TABLE[:-1]).sqrt()  # between a scale an
 # What a number's own bits count for when the sender decides whether it is worth them. Below 1, because what is not sent
 # is missing in the context of what follows: of 0 to 1.3 the best at nearly every rate (images of `fit`).
 THRIFT = 0.3
-NUMBER_BITS = torch.from_numpy(-np.log2(np.maximum(gaussians(SCALE_TABLE.numpy()), 2.0**-24))).float()  # ans' least
 # What analysis and synthesis compute in when they code. A receiver's may differ from a sender's in the last bits, so it
 # is what the processor multiplies fastest; the entropy networks, which have to agree to the bit, keep to float32.
 FAST = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
@@ -167,6 +166,8 @@ class LearnedCodec(nn.Module):
         with torch.no_grad():
             likelihood = self.net.entropy_bottleneck._likelihood(self._medians[0, :, :, 0, None] + numbers)[0]
         self._tables = Tables(np.concatenate([gaussians(SCALE_TABLE.numpy()), likelihood[:, 0].cpu().numpy()]))
+        bits = self._tables.bits[: len(SCALE_TABLE), LIMIT:]  # of the Gaussians' 0 .. LIMIT; negative ones are alike
+        self._saved = torch.from_numpy(np.diff(bits, prepend=bits[:, :1])).to(numbers.device)
         return self
 
     def encode(self, planes: Tensor, level: int) -> list[Coded]:
@@ -186,37 +187,35 @@ class LearnedCodec(nn.Module):
         y = self._transforms[0](x.to(TRANSFORM_TYPE, memory_format=torch.channels_last)).float() * gain
         z = self._hyper(y)
         numbers = (z - self._medians).round().clamp(-LIMIT, LIMIT)
-        bits = _bits(self.net.entropy_bottleneck(numbers + self._medians)[1])
         parts = [Part(_flat(numbers, np.int32), self._hyper_tables(z.shape[2:]))]
 
         lmbda = (self.log_lambdas[0] + level / 255 * (self.log_lambdas[-1] - self.log_lambdas[0])).exp()
-        price_of_error = 255**2 * lmbda * inverse.square()  # [1, M, 1, 1]
-        number_bits = NUMBER_BITS.to(y.device)
+        price_of_error = 255**2 * lmbda * inverse.square().flatten()  # [M]
 
         def send(part: Tensor, channels: slice, scales: Tensor, means: Tensor) -> Tensor:
-            nonlocal bits
             tables = _table_of(scales)
-            numbers = self._worth_sending(part - means, tables, price_of_error[:, channels], number_bits)
-            bits = bits + number_bits[tables, numbers.long() + LIMIT].sum()
+            numbers = self._worth_sending(part - means, tables, price_of_error[channels])
             parts.append(Part(_flat(numbers, np.int32), _flat(tables, np.uint16)))
             return numbers + means
 
         y_hat = self._walk(numbers, y, send)
         string, bytes_hyper = self._tables.encode(parts)
-        return Coded(string, bytes_hyper, bits.item(), self._synthesis(y_hat * inverse)[0, :, :height, :width])
+        bits = sum(float(self._tables.bits[part.tables, part.numbers + LIMIT].sum()) for part in parts)
+        return Coded(string, bytes_hyper, bits, self._synthesis(y_hat * inverse)[0, :, :height, :width])
 
-    def _worth_sending(self, exact: Tensor, tables: Tensor, price_of_error: Tensor, number_bits: Tensor) -> Tensor:
+    def _worth_sending(self, exact: Tensor, tables: Tensor, price_of_error: Tensor) -> Tensor:
         """The nearest whole number n, or the next one towards 0: what is least of  thrift * bits + price * error^2.
 
-        Rate-distortion optimised quantisation of each number for itself: only the sender knows of it.
+        Of x > 0, the square of the error rises by (x - n + 1)^2 - (x - n)^2 = 2 (x - n) + 1. Rate-distortion optimised
+        quantisation of each number for itself: only the sender knows of it.
         """
         numbers = exact.round().clamp(-LIMIT, LIMIT)
         at = numbers.nonzero(as_tuple=True)  # at most rates the fewer part
-        nearest, table, wanted = numbers[at], tables[at], exact[at]
-        less = nearest - nearest.sign()
-        saved = number_bits[table, nearest.long() + LIMIT] - number_bits[table, less.long() + LIMIT]
-        error = (less - wanted).square() - (nearest - wanted).square()
-        numbers[at] = torch.where(self.thrift * saved > price_of_error.expand_as(exact)[at] * error, less, nearest)
+        nearest = numbers[at]
+        size = nearest.abs()
+        more_error = 2 * (exact[at].abs() - size) + 1
+        lower = self.thrift * self._saved[tables[at], size.int()] > price_of_error[at[1]] * more_error
+        numbers[at] = nearest - nearest.sign() * lower
         return numbers
 
     @torch.inference_mode()
@@ -298,7 +297,7 @@ def _in_lanes(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]
 
 def _table_of(scales: Tensor) -> Tensor:
     """The table of the nearest scale."""
-    return torch.bucketize(scales.contiguous(), SCALE_LIMITS.to(scales.device))
+    return torch.bucketize(scales.contiguous(), SCALE_LIMITS.to(scales.device), out_int32=True)
 
 
 def _flat(values: Tensor, dtype: type) -> np.ndarray:
