@@ -39,7 +39,7 @@ class Neighbours(CheckerboardMaskedConv2d):
 @functools.lru_cache
 @torch.inference_mode(False)  # training may use what coding made
 def _around(height: int, columns: int, kernel: int, device: torch.device) -> Tensor:
-    """Around every place of the second colour, those of the first as 1 + their index; 0: beyond the border [n, taps]."""
+    """Around each place of the second colour, those of the first as 1 + their index; 0: beyond the border [n, taps]."""
     reach, row = torch.arange(kernel) - kernel // 2, torch.arange(height).view(-1, 1, 1, 1)
     down, right = torch.broadcast_tensors(  # on the board [H, W / 2, kernel, kernel]
         row + reach[:, None], 2 * torch.arange(columns)[:, None, None] + (row + 1) % 2 + reach
