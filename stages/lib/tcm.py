@@ -76,7 +76,7 @@ class WindowAttention(ShiftedWindowAttention):
 @functools.lru_cache
 @torch.inference_mode(False)  # training may use what coding made
 def _regions(sizes: tuple[int, int], shifts: tuple[int, int], window: int, device: torch.device) -> Tensor:
-    """A number of every position of a window [n, 1, L, 1]: unequal where only padding or the roll brought them together.
+    """A number of each position of a window [n, 1, L, 1]: unequal where only padding or the roll brought two together.
 
     Of rows and of columns, 0: the map, 1: its part that the roll brought from the other end, 2 and 3: padding.
     """
