@@ -174,12 +174,12 @@ def test_the_hyper_latents_tables_are_the_entropy_bottlenecks(network):
 def test_a_number_is_the_cheaper_of_the_nearest_and_the_next_towards_0(thrift):
     codec = tiny("elic")
     codec.thrift = thrift
-    exact = torch.cat([torch.linspace(-9, 9, 400), torch.tensor([0.0, 600.3, -511.4, 510.6, 1e6])]).view(1, 1, 1, -1)
+    exact = torch.cat([torch.linspace(-9, 9, 400), torch.tensor([0.0, 600.3, -511.4, 510.6, 1e6])])
     for table, price in ((0, 3.0), (20, 0.1), (20, 3.0), (63, 0.5)):
         tables, prices = torch.full(exact.shape, table), torch.tensor([price])
         chosen = codec._worth_sending(exact, tables, prices)
         bits = codec._tables.bits[table]
-        for x, number in zip(exact.flatten().tolist(), chosen.flatten().tolist(), strict=True):
+        for x, number in zip(exact.tolist(), chosen.tolist(), strict=True):
             nearest = min(max(round(x), -LIMIT), LIMIT)
             less = nearest - (nearest > 0) + (nearest < 0)
             cost = {n: thrift * bits[n + LIMIT] + price * (n - x) ** 2 for n in (nearest, less)}

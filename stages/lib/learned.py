@@ -187,34 +187,37 @@ class LearnedCodec(nn.Module):
         y = self._transforms[0](x.to(TRANSFORM_TYPE, memory_format=torch.channels_last)).float() * gain
         z = self._hyper(y)
         numbers = (z - self._medians).round().clamp(-LIMIT, LIMIT)
-        parts = [Part(_flat(numbers, np.int32), self._hyper_tables(z.shape[2:]))]
+        parts = [Part(_array(numbers.flatten(), np.int32), self._hyper_tables(z.shape[2:]))]
 
         lmbda = (self.log_lambdas[0] + level / 255 * (self.log_lambdas[-1] - self.log_lambdas[0])).exp()
         price_of_error = 255**2 * lmbda * inverse.square().flatten()  # [M]
 
         def send(part: Tensor, channels: slice, scales: Tensor, means: Tensor) -> Tensor:
             tables = _table_of(scales)
-            numbers = self._worth_sending(part - means, tables, price_of_error[channels])
-            parts.append(Part(_flat(numbers, np.int32), _flat(tables, np.uint16)))
-            return numbers + means
+            numbers = self._worth_sending((part - means).flatten(), tables, price_of_error[channels])
+            parts.append(Part(_array(numbers, np.int32), _array(tables, np.uint16)))
+            return numbers.view(means.shape) + means
 
         y_hat = self._walk(numbers, y, send)
         string, bytes_hyper = self._tables.encode(parts)
-        bits = sum(float(self._tables.bits[part.tables, part.numbers + LIMIT].sum()) for part in parts)
+        sent = Part(*map(np.concatenate, zip(*parts, strict=True)))
+        bits = self._tables.bits[sent.tables, sent.numbers + LIMIT].sum().item()
         return Coded(string, bytes_hyper, bits, self._synthesis(y_hat * inverse)[0, :, :height, :width])
 
     def _worth_sending(self, exact: Tensor, tables: Tensor, price_of_error: Tensor) -> Tensor:
-        """The nearest whole number n, or the next one towards 0: what is least of  thrift * bits + price * error^2.
+        """Numbers [n], channel by channel -> the nearest whole ones, or the next towards 0.
 
-        Of x > 0, the square of the error rises by (x - n + 1)^2 - (x - n)^2 = 2 (x - n) + 1. Rate-distortion optimised
-        quantisation of each number for itself: only the sender knows of it.
+        What is least of  thrift * bits + price * error^2,  prices being those of the channels. Of x > 0 the next costs
+        (x - n + 1)^2 - (x - n)^2 = 2 (x - n) + 1  more error^2. Rate-distortion optimised quantisation of each number
+        for itself: only the sender knows of it.
         """
         numbers = exact.round().clamp(-LIMIT, LIMIT)
-        at = numbers.nonzero(as_tuple=True)  # at most rates the fewer part
+        at = numbers.nonzero()[:, 0]  # at most rates the fewer part
         nearest = numbers[at]
         size = nearest.abs()
         more_error = 2 * (exact[at].abs() - size) + 1
-        lower = self.thrift * self._saved[tables[at], size.int()] > price_of_error[at[1]] * more_error
+        price = price_of_error[at // (len(exact) // len(price_of_error))]
+        lower = self.thrift * self._saved[tables[at], size.int()] > price * more_error
         numbers[at] = nearest - nearest.sign() * lower
         return numbers
 
@@ -227,7 +230,7 @@ class LearnedCodec(nn.Module):
         numbers = torch.from_numpy(decoder.read(self._hyper_tables(size))).to(device, torch.float32)
 
         def receive(_: Tensor, __: slice, scales: Tensor, means: Tensor) -> Tensor:
-            read = decoder.read(_flat(_table_of(scales), np.uint16))
+            read = decoder.read(_array(_table_of(scales), np.uint16))
             return torch.from_numpy(read).to(device, torch.float32).view(means.shape) + means
 
         blank = torch.zeros(1, self.log_gain.shape[1], rows, columns, device=device)
@@ -296,12 +299,12 @@ def _in_lanes(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]
 
 
 def _table_of(scales: Tensor) -> Tensor:
-    """The table of the nearest scale."""
-    return torch.bucketize(scales.contiguous(), SCALE_LIMITS.to(scales.device), out_int32=True)
+    """The tables of the nearest scales, in the order of the numbers in a part [n]."""
+    return torch.bucketize(scales.flatten(), SCALE_LIMITS.to(scales.device), out_int32=True)
 
 
-def _flat(values: Tensor, dtype: type) -> np.ndarray:
-    return values.flatten().cpu().numpy().astype(dtype)
+def _array(values: Tensor, dtype: type) -> np.ndarray:
+    return values.cpu().numpy().astype(dtype)
 
 
 def packet(basis: Tensor) -> list[Tensor]:
