@@ -278,6 +278,20 @@ def test_a_receiver_of_another_type_reads_the_same_numbers(network, sender, monk
     assert (received - coded.plane).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_small_planes_are_transformed_in_float32(network, monkeypatch):
+    for shape, kind in (((1, 32, 64), torch.float32), ((1, 33, 64), torch.bfloat16)):
+        seen = []
+        monkeypatch.setattr(learned, "TRANSFORM_TYPE", torch.bfloat16)
+        codec = tiny(network)
+        for transforms in codec._transforms.values():
+            for part in transforms:
+                part.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].dtype))
+        (coded,) = codec.encode(planes(1, *shape), 200)
+        codec.decode([coded.string], 200, shape)
+        assert seen == [kind] * 3
+
+
 # ---- damage
 
 

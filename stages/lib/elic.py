@@ -21,19 +21,16 @@ from torch.nn import functional
 from stages.lib.learned import Code, packet
 
 
-class Neighbours(CheckerboardMaskedConv2d):
-    """compressai's checkerboard context, computed where it is used and from what is known there.
+def context_of(first: Tensor, convolution: CheckerboardMaskedConv2d) -> Tensor:
+    """The first colour of a checkerboard [B, c, H, W / 2] -> what `convolution` says of the second [B, 2 c, H, W / 2].
 
-    Of the plane that compressai's convolution sees, half is not coded yet, and half of what it returns is of no use.
+    Of the plane that it would see, half is not coded yet, and half of what it would return is of no use.
     """
-
-    def forward(self, first: Tensor) -> Tensor:
-        """The first colour of a checkerboard [B, c, H, W / 2] -> context of the second [B, 2 c, H, W / 2]."""
-        at = _around(*first.shape[2:], self.kernel_size[0], first.device)
-        rows = functional.pad(first.permute(0, 2, 3, 1).flatten(1, 2), (0, 0, 1, 0))  # [B, 1 + H W / 2, c]
-        weight = self.weight.flatten(2)[:, :, 1::2].mT.flatten(1)  # the taps on the other colour: [2 c, taps c]
-        context = functional.linear(rows[:, at].flatten(2), weight, self.bias)
-        return context.unflatten(1, first.shape[2:]).permute(0, 3, 1, 2)
+    at = _around(*first.shape[2:], convolution.kernel_size[0], first.device)
+    rows = functional.pad(first.permute(0, 2, 3, 1).flatten(1, 2), (0, 0, 1, 0))  # [B, 1 + H W / 2, c]
+    weight = convolution.weight.flatten(2)[:, :, 1::2].mT.flatten(1)  # the taps on the other colour: [2 c, taps c]
+    context = functional.linear(rows[:, at].flatten(2), weight, convolution.bias)
+    return context.unflatten(1, first.shape[2:]).permute(0, 3, 1, 2)
 
 
 @functools.lru_cache
@@ -70,7 +67,7 @@ class Elic(Elic2022Official):
         """Channel and checkerboard context as in compressai's Elic2022Official, of other widths."""
         latent = self.latent_codec["y"]
         for k, width in enumerate(groups):
-            latent[f"y{k}"].context_prediction = Neighbours(width, 2 * width, kernel, 1, kernel // 2)
+            latent[f"y{k}"].context_prediction = CheckerboardMaskedConv2d(width, 2 * width, kernel, 1, kernel // 2)
             if k > 0:
                 latent.channel_context[f"y{k}"] = nn.Sequential(
                     conv(sum(groups[:k]), first, kernel, stride=1),
@@ -116,7 +113,7 @@ class Elic(Elic2022Official):
             nothing = contexts.new_zeros(len(y), 2 * part.shape[1], *contexts.shape[3:])
             halves: list[Tensor] = []
             for half, context in zip(board.unembed(part), contexts, strict=True):
-                spatial = board.context_prediction(halves[0]) if halves else nothing
+                spatial = context_of(halves[0], board.context_prediction) if halves else nothing
                 scales, means = board.entropy_parameters(board.merge(spatial, context)).chunk(2, 1)
                 halves.append(code(half, channels, scales, means))
             y_hat.append(board.embed(torch.stack(halves)))
