@@ -48,7 +48,7 @@ class Tables:
         self.lowest = np.empty(len(rows), dtype=np.int32)  # the number before that of symbol 1
         self.common = np.empty(len(rows), dtype=np.uint32)  # symbols but 0
         for table, row in enumerate(rows):
-            first, *_, last = np.flatnonzero(row >= RARE).repeat(2)
+            first, last = np.flatnonzero(row >= RARE)[[0, -1]]
             common = row[first : last + 1]
             rare = max(row[:first].sum() + row[last + 1 :].sum(), RARE)
             self.models.append(stream.model.Categorical(np.array([rare, *common], dtype=np.float32), perfect=False))
