@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 from compressai.entropy_models import GaussianConditional
-from constriction import stream
 from pytest import approx
 from torch import Tensor
 from torch.nn import functional
 
 from stages.lib import learned
-from stages.lib.ans import LIMIT, Tables, gaussians
+from stages.lib.ans import LIMIT, Part, Tables, gaussians
 from stages.lib.elic import Elic
-from stages.lib.learned import NUMBER_BITS, SCALE_LIMITS, SCALE_TABLE, LearnedCodec, packet
+from stages.lib.learned import SCALE_LIMITS, SCALE_TABLE, LearnedCodec, packet
 from stages.lib.params import InputError
 from stages.lib.tcm import LicTcm
 
@@ -161,13 +160,11 @@ def test_the_hyper_latents_tables_are_the_entropy_bottlenecks(network):
         offsets = torch.arange(-5.0, 6)
         _, likelihood = codec.update().net.entropy_bottleneck(codec._medians + offsets, training=False)  # [1, Z, 1, 11]
     for channel in (0, len(bottleneck.quantiles) - 1):
-        model = codec._tables.models[len(SCALE_TABLE) + channel]
-        costs = []
+        tables, costs = np.full(5000, len(SCALE_TABLE) + channel, dtype=np.uint16), []
         for number in offsets.int().tolist():
-            coder = stream.stack.AnsCoder()
-            coder.encode_reverse(np.full(5000, number + LIMIT, dtype=np.int32), model)
-            costs.append(coder.num_valid_bits() / 5000)
-        assert costs == approx((-likelihood[0, channel, 0].log2()).tolist(), abs=0.01)
+            string, _ = codec._tables.encode([Part(np.full(5000, number, dtype=np.int32), tables)])
+            costs.append(8 * len(string) / 5000)
+        assert costs == approx((-likelihood[0, channel, 0].log2()).tolist(), abs=0.02)
 
 
 # ---- the sender's decisions
@@ -177,12 +174,12 @@ def test_the_hyper_latents_tables_are_the_entropy_bottlenecks(network):
 def test_a_number_is_the_cheaper_of_the_nearest_and_the_next_towards_0(thrift):
     codec = tiny("elic")
     codec.thrift = thrift
-    exact = torch.cat([torch.linspace(-9, 9, 400), torch.tensor([0.0, 600.3, -511.4, 510.6, 1e6])]).view(1, 1, 1, -1)
+    exact = torch.cat([torch.linspace(-9, 9, 400), torch.tensor([0.0, 600.3, -511.4, 510.6, 1e6])])
     for table, price in ((0, 3.0), (20, 0.1), (20, 3.0), (63, 0.5)):
-        tables, prices = torch.full(exact.shape, table), torch.full((1, 1, 1, 1), price)
-        chosen = codec._worth_sending(exact, tables, prices, NUMBER_BITS)
-        bits = -np.log2(np.maximum(gaussians(SCALE_TABLE[table : table + 1].numpy())[0], 2.0**-24))
-        for x, number in zip(exact.flatten().tolist(), chosen.flatten().tolist(), strict=True):
+        tables, prices = torch.full(exact.shape, table), torch.tensor([price])
+        chosen = codec._worth_sending(exact, tables, prices)
+        bits = codec._tables.bits[table]
+        for x, number in zip(exact.tolist(), chosen.tolist(), strict=True):
             nearest = min(max(round(x), -LIMIT), LIMIT)
             less = nearest - (nearest > 0) + (nearest < 0)
             cost = {n: thrift * bits[n + LIMIT] + price * (n - x) ** 2 for n in (nearest, less)}
@@ -279,6 +276,20 @@ def test_a_receiver_of_another_type_reads_the_same_numbers(network, sender, monk
     monkeypatch.setattr(learned, "TRANSFORM_TYPE", other)
     (received,) = receiver.decode([coded.string], 200, (1, 40, 72))  # refused if a number had another table
     assert (received - coded.plane).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_small_planes_are_transformed_in_float32(network, monkeypatch):
+    for shape, kind in (((1, 32, 64), torch.float32), ((1, 33, 64), torch.bfloat16)):
+        seen = []
+        monkeypatch.setattr(learned, "TRANSFORM_TYPE", torch.bfloat16)
+        codec = tiny(network)
+        for transforms in codec._transforms.values():
+            for part in transforms:
+                part.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].dtype))
+        (coded,) = codec.encode(planes(1, *shape), 200)
+        codec.decode([coded.string], 200, shape)
+        assert seen == [kind] * 3
 
 
 # ---- damage

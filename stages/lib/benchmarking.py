@@ -183,8 +183,10 @@ def record(codec: LearnedCodec, run: Run) -> tuple[Calls, Any]:
     models = {name: getattr(net, name) for name in ("entropy_bottleneck", "gaussian_conditional")}
     hyper = {name: kept(getattr(net, name)) for name in ("h_a", "h_s")}
     vars(codec)["net"] = SimpleNamespace(walk=walk, **models, **hyper)  # is found before the sub-module
-    codec._transforms = tuple(map(kept, transforms))
-    codec._tables = SimpleNamespace(encode=lambda parts: calls.coder.append(parts) or tables.encode(parts))
+    codec._transforms = {kind: tuple(map(kept, pair)) for kind, pair in transforms.items()}
+    codec._tables = SimpleNamespace(
+        bits=tables.bits, encode=lambda parts: calls.coder.append(parts) or tables.encode(parts)
+    )
     try:
         return calls, run()
     finally:

@@ -6,6 +6,7 @@ CVPR 2022 (arXiv 2203.10886).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,8 +16,34 @@ from compressai.models import Elic2022Official
 from compressai.models.sensetime import ResidualBottleneckBlock
 from compressai.models.utils import conv
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stages.lib.learned import Code, packet
+
+
+def context_of(first: Tensor, convolution: CheckerboardMaskedConv2d) -> Tensor:
+    """The first colour of a checkerboard [B, c, H, W / 2] -> what `convolution` says of the second [B, 2 c, H, W / 2].
+
+    Of the plane that it would see, half is not coded yet, and half of what it would return is of no use.
+    """
+    at = _around(*first.shape[2:], convolution.kernel_size[0], first.device)
+    rows = functional.pad(first.permute(0, 2, 3, 1).flatten(1, 2), (0, 0, 1, 0))  # [B, 1 + H W / 2, c]
+    weight = convolution.weight.flatten(2)[:, :, 1::2].mT.flatten(1)  # the taps on the other colour: [2 c, taps c]
+    context = functional.linear(rows[:, at].flatten(2), weight, convolution.bias)
+    return context.unflatten(1, first.shape[2:]).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache
+@torch.inference_mode(False)  # training may use what coding made
+def _around(height: int, columns: int, kernel: int, device: torch.device) -> Tensor:
+    """Around each place of the second colour, those of the first as 1 + their index; 0: beyond the border [n, taps]."""
+    reach, row = torch.arange(kernel) - kernel // 2, torch.arange(height).view(-1, 1, 1, 1)
+    down, right = torch.broadcast_tensors(  # on the board [H, W / 2, kernel, kernel]
+        row + reach[:, None], 2 * torch.arange(columns)[:, None, None] + (row + 1) % 2 + reach
+    )
+    inside = (down >= 0) & (down < height) & (right >= 0) & (right < 2 * columns)
+    at = torch.where(inside, 1 + down * columns + right // 2, 0)
+    return at.flatten(2)[..., 1::2].flatten(0, 1).to(device)
 
 
 class Elic(Elic2022Official):
@@ -82,17 +109,14 @@ class Elic(Elic2022Official):
         for k, part in enumerate(y.split(groups.groups, 1)):
             channels = slice(start, start := start + part.shape[1])
             board = groups[f"y{k}"]
-            context = groups._get_ctx_params(k, side, y_hat)
-            halves = torch.zeros_like(board.unembed(part))  # [2, B, c, H, W / 2]
-            parts, contexts = board.unembed(part), board.unembed(context)
-            for colour in range(2):
-                if colour == 0:
-                    spatial = torch.zeros_like(board.unembed(board.context_prediction(part))[0])
-                else:
-                    spatial = board.unembed(board.context_prediction(board.embed(halves)))[1]
-                scales, means = board.entropy_parameters(board.merge(spatial, contexts[colour])).chunk(2, 1)
-                halves[colour] = code(parts[colour], channels, scales, means)
-            y_hat.append(board.embed(halves))
+            contexts = board.unembed(groups._get_ctx_params(k, side, y_hat))  # [2, B, ..., H, W / 2]
+            nothing = contexts.new_zeros(len(y), 2 * part.shape[1], *contexts.shape[3:])
+            halves: list[Tensor] = []
+            for half, context in zip(board.unembed(part), contexts, strict=True):
+                spatial = context_of(halves[0], board.context_prediction) if halves else nothing
+                scales, means = board.entropy_parameters(board.merge(spatial, context)).chunk(2, 1)
+                halves.append(code(half, channels, scales, means))
+            y_hat.append(board.embed(torch.stack(halves)))
         return torch.cat(y_hat, 1)
 
     @torch.no_grad()

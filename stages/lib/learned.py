@@ -33,11 +33,11 @@ SCALE_LIMITS = (SCALE_TABLE[1:] * SCALE_TABLE[:-1]).sqrt()  # between a scale an
 # What a number's own bits count for when the sender decides whether it is worth them. Below 1, because what is not sent
 # is missing in the context of what follows: of 0 to 1.3 the best at nearly every rate (images of `fit`).
 THRIFT = 0.3
-NUMBER_BITS = torch.from_numpy(-np.log2(np.maximum(gaussians(SCALE_TABLE.numpy()), 2.0**-24))).float()  # ans' least
 # What analysis and synthesis compute in when they code. A receiver's may differ from a sender's in the last bits, so it
 # is what the processor multiplies fastest; the entropy networks, which have to agree to the bit, keep to float32.
 FAST = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
 TRANSFORM_TYPE = torch.bfloat16 if FAST else torch.float32
+SMALL = 32 * 64  # pixels of a plane up to which float32 is as fast (default profile, CPU): the calls take the time
 LANES = 2 if torch.cuda.is_available() else 1  # planes at a time: a GPU has one's networks while a core codes the other
 
 Code = Callable[[Tensor, slice, Tensor, Tensor], Tensor]  # (part of y, its channels, scales, means) -> quantised part
@@ -69,6 +69,14 @@ class Coded(NamedTuple):
     bytes_hyper: int
     estimated_bits: float
     plane: Tensor  # [c, H, W], the receiver's reconstruction
+
+
+class Rate(NamedTuple):
+    """What follows from a rate control."""
+
+    gain: Tensor  # [1, M, 1, 1]
+    inverse: Tensor  # [1, M, 1, 1]
+    price: Tensor  # [M], of a squared error of gained latents, in bits
 
 
 class LearnedCodec(nn.Module):
@@ -162,65 +170,75 @@ class LearnedCodec(nn.Module):
 
     def update(self) -> LearnedCodec:
         """Make ready for coding: to be called before it, and again after every change of the weights."""
-        self._transforms = tuple(copy.deepcopy(part).to(TRANSFORM_TYPE) for part in (self.net.g_a, self.net.g_s))
+        transforms = self.net.g_a, self.net.g_s
+        self._transforms = {torch.float32: transforms}
+        self._transforms[TRANSFORM_TYPE] = tuple(copy.deepcopy(part).to(TRANSFORM_TYPE) for part in transforms)
         numbers = torch.arange(-LIMIT, LIMIT + 1, device=self.log_lambdas.device)
         with torch.no_grad():
             likelihood = self.net.entropy_bottleneck._likelihood(self._medians[0, :, :, 0, None] + numbers)[0]
         self._tables = Tables(np.concatenate([gaussians(SCALE_TABLE.numpy()), likelihood[:, 0].cpu().numpy()]))
+        bits = self._tables.bits[: len(SCALE_TABLE), LIMIT:]  # of the Gaussians' 0 .. LIMIT; negative ones are alike
+        self._saved = torch.from_numpy(np.diff(bits, prepend=bits[:, :1])).to(numbers.device)
         return self
 
     def encode(self, planes: Tensor, level: int) -> list[Coded]:
         """Planes [B, c, H, W] in [0, 1], of any one size, rate control in 0..255 -> B coded planes."""
-        return _in_lanes(lambda plane: self._encode(plane[None], level), planes)
+        rate = self._rate(level)
+        return _in_lanes(lambda plane: self._encode(plane[None], rate), planes)
 
     def decode(self, strings: list[bytes], level: int, shape: tuple[int, int, int]) -> Tensor:
         """B strings of planes of one shape (c, H, W) -> planes [B, c, H, W]; raises InputError at a damaged one."""
-        return torch.cat(_in_lanes(lambda string: self._decode(string, level, shape), strings))
+        rate = self._rate(level)
+        return torch.cat(_in_lanes(lambda string: self._decode(string, rate, shape), strings))
 
     @torch.inference_mode()
-    def _encode(self, plane: Tensor, level: int) -> Coded:
-        height, width = plane.shape[2:]
-        x = functional.pad(plane - self.centre, (0, -width % STRIDE, 0, -height % STRIDE))
+    def _rate(self, level: int) -> Rate:
         position = self._position_of(level)
         gain, inverse = self._at(self.log_gain, position), self._at(self.log_inverse, position)
-        y = self._transforms[0](x.to(TRANSFORM_TYPE, memory_format=torch.channels_last)).float() * gain
+        lmbda = (self.log_lambdas[0] + level / 255 * (self.log_lambdas[-1] - self.log_lambdas[0])).exp()
+        return Rate(gain, inverse, 255**2 * lmbda * inverse.square().flatten())
+
+    @torch.inference_mode()
+    def _encode(self, plane: Tensor, rate: Rate) -> Coded:
+        height, width = plane.shape[2:]
+        x = functional.pad(plane - self.centre, (0, -width % STRIDE, 0, -height % STRIDE))
+        kind = _transform_type(x.shape[2] * x.shape[3])
+        y = self._transforms[kind][0](x.to(kind, memory_format=torch.channels_last)).float() * rate.gain
         z = self._hyper(y)
         numbers = (z - self._medians).round().clamp(-LIMIT, LIMIT)
-        bits = _bits(self.net.entropy_bottleneck(numbers + self._medians)[1])
-        parts = [Part(_flat(numbers, np.int32), self._hyper_tables(z.shape[2:]))]
-
-        lmbda = (self.log_lambdas[0] + level / 255 * (self.log_lambdas[-1] - self.log_lambdas[0])).exp()
-        price_of_error = 255**2 * lmbda * inverse.square()  # [1, M, 1, 1]
-        number_bits = NUMBER_BITS.to(y.device)
+        parts = [Part(_array(numbers.flatten(), np.int32), self._hyper_tables(z.shape[2:]))]
 
         def send(part: Tensor, channels: slice, scales: Tensor, means: Tensor) -> Tensor:
-            nonlocal bits
             tables = _table_of(scales)
-            numbers = self._worth_sending(part - means, tables, price_of_error[:, channels], number_bits)
-            bits = bits + number_bits[tables, numbers.long() + LIMIT].sum()
-            parts.append(Part(_flat(numbers, np.int32), _flat(tables, np.uint16)))
-            return numbers + means
+            numbers = self._worth_sending((part - means).flatten(), tables, rate.price[channels])
+            parts.append(Part(_array(numbers, np.int32), _array(tables, np.uint16)))
+            return numbers.view(means.shape) + means
 
         y_hat = self._walk(numbers, y, send)
         string, bytes_hyper = self._tables.encode(parts)
-        return Coded(string, bytes_hyper, bits.item(), self._synthesis(y_hat * inverse)[0, :, :height, :width])
+        sent = Part(*map(np.concatenate, zip(*parts, strict=True)))
+        bits = self._tables.bits[sent.tables, sent.numbers + LIMIT].sum().item()
+        return Coded(string, bytes_hyper, bits, self._synthesis(y_hat, rate)[0, :, :height, :width])
 
-    def _worth_sending(self, exact: Tensor, tables: Tensor, price_of_error: Tensor, number_bits: Tensor) -> Tensor:
-        """The nearest whole number n, or the next one towards 0: what is least of  thrift * bits + price * error^2.
+    def _worth_sending(self, exact: Tensor, tables: Tensor, price_of_error: Tensor) -> Tensor:
+        """Numbers [n], channel by channel -> the nearest whole ones, or the next towards 0.
 
-        Rate-distortion optimised quantisation of each number for itself: only the sender knows of it.
+        What is least of  thrift * bits + price * error^2,  prices being those of the channels. Of x > 0 the next costs
+        (x - n + 1)^2 - (x - n)^2 = 2 (x - n) + 1  more error^2. Rate-distortion optimised quantisation of each number
+        for itself: only the sender knows of it.
         """
         numbers = exact.round().clamp(-LIMIT, LIMIT)
-        at = numbers.nonzero(as_tuple=True)  # at most rates the fewer part
-        nearest, table, wanted = numbers[at], tables[at], exact[at]
-        less = nearest - nearest.sign()
-        saved = number_bits[table, nearest.long() + LIMIT] - number_bits[table, less.long() + LIMIT]
-        error = (less - wanted).square() - (nearest - wanted).square()
-        numbers[at] = torch.where(self.thrift * saved > price_of_error.expand_as(exact)[at] * error, less, nearest)
+        at = numbers.nonzero()[:, 0]  # at most rates the fewer part
+        nearest = numbers[at]
+        size = nearest.abs()
+        more_error = 2 * (exact[at].abs() - size) + 1
+        price = price_of_error[at // (len(exact) // len(price_of_error))]
+        lower = self.thrift * self._saved[tables[at], size.int()] > price * more_error
+        numbers[at] = nearest - nearest.sign() * lower
         return numbers
 
     @torch.inference_mode()
-    def _decode(self, string: bytes, level: int, shape: tuple[int, int, int]) -> Tensor:
+    def _decode(self, string: bytes, rate: Rate, shape: tuple[int, int, int]) -> Tensor:
         _, height, width = shape
         rows, columns = (-(-side // STRIDE) * STRIDE // 16 for side in (height, width))  # of y
         size = -(-rows // HYPER_STRIDE), -(-columns // HYPER_STRIDE)  # of z
@@ -228,14 +246,13 @@ class LearnedCodec(nn.Module):
         numbers = torch.from_numpy(decoder.read(self._hyper_tables(size))).to(device, torch.float32)
 
         def receive(_: Tensor, __: slice, scales: Tensor, means: Tensor) -> Tensor:
-            read = decoder.read(_flat(_table_of(scales), np.uint16))
+            read = decoder.read(_array(_table_of(scales), np.uint16))
             return torch.from_numpy(read).to(device, torch.float32).view(means.shape) + means
 
         blank = torch.zeros(1, self.log_gain.shape[1], rows, columns, device=device)
         y_hat = self._walk(numbers.view(1, -1, *size), blank, receive)
         decoder.close()
-        inverse = self._at(self.log_inverse, self._position_of(level))
-        return self._synthesis(y_hat * inverse)[:, :, :height, :width]
+        return self._synthesis(y_hat, rate)[:, :, :height, :width]
 
     def _walk(self, numbers: Tensor, y: Tensor, code: Code) -> Tensor:
         """The same steps on both sides, in the same memory layout: layouts choose routines, which round differently."""
@@ -246,8 +263,9 @@ class LearnedCodec(nn.Module):
     def _position_of(self, level: int) -> Tensor:
         return self.log_lambdas.new_tensor([level / 255 * (len(self.log_lambdas) - 1)])
 
-    def _synthesis(self, scaled: Tensor) -> Tensor:
-        return self._transforms[1](scaled.to(TRANSFORM_TYPE)).float() + self.centre
+    def _synthesis(self, y_hat: Tensor, rate: Rate) -> Tensor:
+        kind = _transform_type(16 * y_hat.shape[2] * 16 * y_hat.shape[3])
+        return self._transforms[kind][1]((y_hat * rate.inverse).to(kind)).float() + self.centre
 
     def _hyper_tables(self, size: tuple[int, int]) -> np.ndarray:
         """Tables of the hyper-latent's numbers [N h w]: one per channel, behind the Gaussians' tables."""
@@ -289,6 +307,10 @@ class Family(nn.Module):
         return self.members[level].decode(strings, 0, shape)
 
 
+def _transform_type(pixels: int) -> torch.dtype:
+    return TRANSFORM_TYPE if pixels > SMALL else torch.float32
+
+
 def _in_lanes(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     if LANES == 1:  # a new thread would not keep to the number of threads that the caller set for torch
         return list(map(function, items))
@@ -297,12 +319,12 @@ def _in_lanes(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]
 
 
 def _table_of(scales: Tensor) -> Tensor:
-    """The table of the nearest scale."""
-    return torch.bucketize(scales.contiguous(), SCALE_LIMITS.to(scales.device))
+    """The tables of the nearest scales, in the order of the numbers in a part [n]."""
+    return torch.bucketize(scales.flatten(), SCALE_LIMITS.to(scales.device), out_int32=True)
 
 
-def _flat(values: Tensor, dtype: type) -> np.ndarray:
-    return values.flatten().cpu().numpy().astype(dtype)
+def _array(values: Tensor, dtype: type) -> np.ndarray:
+    return values.cpu().numpy().astype(dtype)
 
 
 def packet(basis: Tensor) -> list[Tensor]:

@@ -11,6 +11,7 @@ Channel-wise Autoregressive Entropy Models for Learned Image Compression, ICIP 2
 
 from __future__ import annotations
 
+import functools
 import re
 
 import torch
@@ -49,29 +50,44 @@ class WindowAttention(ShiftedWindowAttention):
         size, heads = self.window_size[0], self.num_heads
         # A shift moves the borders between windows, and one window has none.
         shifts = [shift if n > size else 0 for shift, n in zip(self.shift_size, (height, width), strict=True)]
-        apart = self._apart((height, width), shifts, x.device)
-        bias = self.get_relative_position_bias().masked_fill(apart, -torch.inf)  # [n, heads, L, L]
-
-        x = functional.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+        right, down = -width % size, -height % size
+        if right or down:
+            x = functional.pad(x, (0, 0, 0, right, 0, down))
+        if any(shifts):
+            x = x.roll([-shift for shift in shifts], (1, 2))
         rows = x.shape[1] // size
-        x = _windows(x.roll([-shift for shift in shifts], (1, 2)), size)  # [B, n, L, C]: n windows, L = size^2
-        qkv = self.qkv(x).unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)
-        q, k, v = qkv.flatten(2, 3)  # [B, n heads, L, C / heads]
-        x = functional.scaled_dot_product_attention(q, k, v, bias.flatten(0, 1)[None])
-        x = self.proj(x.unflatten(1, (-1, heads)).transpose(2, 3).flatten(3))  # [B, n, L, C]
-        x = x.unflatten(2, (size, size)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return x.roll(shifts, (1, 2))[:, :height, :width]
+        x = _windows(x, size)  # [B, n, L, C]: n windows, L = size^2
+        bias = self.get_relative_position_bias().expand(x.shape[1], -1, -1, -1)  # [n, heads, L, L]
+        if right or down or any(shifts):
+            region = _regions((height, width), tuple(shifts), size, x.device)
+            bias = bias.masked_fill(region != region.mT, -torch.inf)
 
-    def _apart(self, sizes: tuple[int, int], shifts: list[int], device: torch.device) -> Tensor:
-        """Which positions of a window only padding or the roll brought together [n, 1, L, L]."""
-        regions = []  # 0: the map, 1: its part that the roll brought from the other end, 2 and 3: padding
-        for n, shift in zip(sizes, shifts, strict=True):
-            padded = n + -n % self.window_size[0]
-            at = torch.arange(padded, device=device) + shift
-            regions.append(at // padded + 2 * (at % padded >= n))
-        down, right = regions
-        region = _windows((4 * down[:, None] + right)[None, :, :, None], self.window_size[0])  # [1, n, L, 1]
-        return (region != region.mT).movedim(1, 0)
+        kind = torch.float32 if x.is_cpu else x.dtype  # on a CPU attention takes twice as long in bfloat16
+        qkv = self.qkv(x).to(kind).unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        q, k, v = qkv.flatten(2, 3)  # [B, n heads, L, C / heads]
+        attended = functional.scaled_dot_product_attention(q, k, v, bias.to(kind).flatten(0, 1)[None]).to(x.dtype)
+        x = self.proj(attended.unflatten(1, (-1, heads)).transpose(2, 3).flatten(3))  # [B, n, L, C]
+        x = x.unflatten(2, (size, size)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if any(shifts):
+            x = x.roll(shifts, (1, 2))
+        return x[:, :height, :width]
+
+
+@functools.lru_cache
+@torch.inference_mode(False)  # training may use what coding made
+def _regions(sizes: tuple[int, int], shifts: tuple[int, int], window: int, device: torch.device) -> Tensor:
+    """A number of each position of a window [n, 1, L, 1]: unequal where only padding or the roll brought two together.
+
+    Of rows and of columns, 0: the map, 1: its part that the roll brought from the other end, 2 and 3: padding.
+    """
+    regions = []
+    for n, shift in zip(sizes, shifts, strict=True):
+        padded = n + -n % window
+        at = torch.arange(padded, device=device) + shift
+        regions.append(at // padded + 2 * (at % padded >= n))
+    down, right = regions
+    region = (4 * down[:, None] + right).to(torch.int8)
+    return _windows(region[None, :, :, None], window).movedim(1, 0)
 
 
 def _windows(x: Tensor, size: int) -> Tensor:
