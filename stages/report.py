@@ -37,15 +37,16 @@ class Cell(NamedTuple):
 
 def main(data: Path, reports: Path) -> None:
     params = load_params()
-    quality = next(iter(params["lambdas"]))  # planes have the same pixels at every quality
+    qualities = list(params["lambdas"])
     cells = {
-        (cell["task"], cell["codec"]): read_cell(data, cell["model"], cell["codec"], cell["task"], quality)
+        (cell["task"], cell["codec"]): read_cell(data, cell["model"], cell["codec"], cell["task"], qualities[0])
         for cell in params["cells"].values()
     }
     points = pd.concat([cell.points for cell in cells.values()], ignore_index=True)
-    coders = {
-        (model, codec): read_coder(reports / "codecs" / model / codec)
-        for model, codec in sorted({(cell["model"], cell["codec"]) for cell in params["cells"].values()})
+    coders = sorted({(cell["model"], cell["codec"]) for cell in params["cells"].values()})
+    curves = {
+        (model, codec): tables.rate_distortion(read_ledgers(data / "coded" / model / codec, qualities))
+        for model, codec in coders
     }
     bd = pd.concat([tables.bd_rates(cell.points, cell.resamples) for cell in cells.values()], ignore_index=True)
     paired_bd = pd.concat([tables.paired(cell.points, cell.resamples) for cell in cells.values()], ignore_index=True)
@@ -54,8 +55,7 @@ def main(data: Path, reports: Path) -> None:
     write_csv(reports / "bd_rate.csv", bd)
     write_csv(reports / "paired.csv", paired_bd)
     write_csv(reports / "codec_bd_rate.csv", codec_bd)
-    feature_bd = tables.feature_bd_rates({key: rate_distortion for key, (rate_distortion, _) in coders.items()})
-    write_csv(reports / "codec_feature_bd_rate.csv", feature_bd)
+    write_csv(reports / "codec_feature_bd_rate.csv", tables.feature_bd_rates(curves))
     write_json(reports / "metrics.json", tables.metrics(points, bd))
     fits, mfip = ({key: getattr(cell, name) for key, cell in cells.items()} for name in ("fit", "mfip"))
     for name, found in (
@@ -64,7 +64,8 @@ def main(data: Path, reports: Path) -> None:
     ):
         write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
         write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))
-    draw(cells, coders, reports / "figures")
+    losses = {key: _read(reports.joinpath("codecs", *key, "loss.csv"), ["step", "loss"]) for key in coders}
+    draw(cells, curves, losses, reports / "figures")
 
 
 def read_cell(data: Path, model: str, codec: str, task: str, quality: str) -> Cell:
@@ -72,6 +73,7 @@ def read_cell(data: Path, model: str, codec: str, task: str, quality: str) -> Ce
     folder = data / "evaluations" / place / task
     points, resamples = _read(folder / "points.csv", RD_POINTS), _read(folder / "bootstrap.csv", RESAMPLES)
     tables.check_cell(points, resamples, str(folder))
+    # Planes have the same pixels at every quality.
     coded = _read(data / "coded" / place / f"{quality}.csv", ["split", "scale", "pixels"])
     pixels = coded[coded["split"] == "fit"].groupby("scale")["pixels"].mean()
     if set(pixels.index) != set(SCALES):
@@ -82,15 +84,14 @@ def read_cell(data: Path, model: str, codec: str, task: str, quality: str) -> Ce
     return Cell(points, resamples, fit, weights, mfip, pixels.reindex(SCALES).to_dict())
 
 
-def read_coder(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The codec's folder of `train_codec` -> rate_distortion.csv and loss.csv."""
-    rate_distortion = _read(folder / "rate_distortion.csv", ["coder", "scale", "bpp_plane", "psnr"])
-    return rate_distortion, _read(folder / "loss.csv", ["step", "loss"])
+def read_ledgers(folder: Path, qualities: list[str]) -> list[pd.DataFrame]:
+    return [_read(folder / f"{quality}.csv", ["split", "scale", "bits", "mse_feature"]) for quality in qualities]
 
 
 def draw(
     cells: dict[tuple[str, str], Cell],
-    coders: dict[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]],
+    curves: dict[tuple[str, str], pd.DataFrame],
+    losses: dict[tuple[str, str], pd.DataFrame],
     folder: Path,
 ) -> None:
     figures.method_figure(folder / "method")
@@ -98,8 +99,9 @@ def draw(
         figures.rd_figure(folder / f"rd_{task}_{codec}", cell.points, cell.resamples)
         figures.loss_rate_figure(folder / f"loss_rate_{task}_{codec}", task, codec, cell.fit, cell.pixels)
         figures.importance_figure(folder / f"importance_{task}_{codec}", task, codec, cell.fit, cell.weights)
-    for (model, codec), (rate_distortion, loss) in coders.items():
-        figures.codec_figure(folder / f"codec_{model}_{codec}", model, codec, rate_distortion, loss)
+    for (model, codec), loss in losses.items():
+        shown = {name: curves[model, name] for name in (codec, tables.CODEC_ANCHOR) if (model, name) in curves}
+        figures.codec_figure(folder / f"codec_{model}_{codec}", model, codec, shown, loss)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,21 +1,18 @@
-"""Features of `train` -> packing and trained codec, its loss curve and its rate-distortion beside JPEG's."""
+"""Features of `train` -> packing and trained codec, and its loss curve."""
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
 from stages.lib import codec_training
-from stages.lib.coding import FeatureCodec, build_codec, load_codec, load_codec_weights, load_published, save_codec
+from stages.lib.coding import FeatureCodec, build_codec, load_codec_weights, load_published, save_codec
 from stages.lib.features import Features
 from stages.lib.files import write_csv
 from stages.lib.models import read_checkpoint
 from stages.lib.params import InputError, entry, load_params
 from stages.lib.planes import Packing
 
-SHOWN = 24  # images behind the rate-distortion curves
-LAMBDAS = np.geomspace(1e-4, 0.05, 8).tolist()  # of these curves; not params' own: another one must not retrain codecs
 CONFIG = ("packing", "network", "lambda_range", "gains")  # what the weights depend on
 
 
@@ -57,10 +54,6 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
         log = codec_training.train(codec, data, packing, schedule, params["seed"])
     save_codec(out, FeatureCodec(codec, packing, channels), config)
     write_csv(reports / "loss.csv", pd.DataFrame(log, columns=["step", "loss", "bpp_plane", "mse"]))
-    fit = Features(features, "fit")
-    lambdas = {f"{lmbda:.3g}": lmbda for lmbda in LAMBDAS}
-    curves = codec_training.rate_distortion(fit, fit.image_ids[:SHOWN], load_codec(out), lambdas, name)
-    write_csv(reports / "rate_distortion.csv", curves)
 
 
 if __name__ == "__main__":

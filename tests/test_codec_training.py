@@ -1,4 +1,4 @@
-"""Training sees real pixels only, goes downhill, and is the same twice; the curves beside JPEG's are real bits."""
+"""Training sees real pixels only, goes downhill, and is the same twice; given weights are kept, or refused."""
 
 import math
 from pathlib import Path
@@ -14,13 +14,13 @@ from pytest import approx
 
 from stages import train_codec
 from stages.lib import codec_training
-from stages.lib.codec_training import JPEG_QUALITIES, Schedule, fit_packing, random_crops, rate_distortion
+from stages.lib.codec_training import Schedule, fit_packing, random_crops
 from stages.lib.coding import FeatureCodec, build_codec, decode_scale, encode_scale, load_codec, save_codec
 from stages.lib.features import Features, write_features
 from stages.lib.files import read_csv
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, InputError
-from stages.lib.planes import Packing, grid, pack
+from stages.lib.planes import Packing, pack
 
 CHANNELS = 4  # tiled 2 x 2
 SIDES = {"0": 48, "1": 24, "2": 12, "3": 6, "pool": 3}  # planes of 96, 48, 24, 12, 6 px
@@ -225,7 +225,7 @@ def test_both_phases_see_the_same_error_and_bits_of_an_orthonormal_transform(tra
         assert of_latents[name] == approx(of_planes[name], rel=0.01)
 
 
-# ---- curves
+# ---- the stage
 
 
 @pytest.fixture(scope="module")
@@ -233,43 +233,6 @@ def codec_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("codec") / "codec.pt"
     save_codec(path, FeatureCodec(tiny(), PLAIN, CHANNELS), CONFIG)
     return path
-
-
-def test_jpegs_rate_and_psnr_rise_with_its_quality(path, codec_file):
-    fit = Features(path, "fit")
-    curves = rate_distortion(fit, [0, 1], load_codec(codec_file), LAMBDAS, "elic")
-    assert curves.columns.tolist() == ["coder", "scale", "quality", "bpp_plane", "psnr"]
-    jpeg = curves[curves["coder"] == "jpeg"]
-    for scale, rows in jpeg.groupby("scale"):
-        assert rows["quality"].is_monotonic_increasing
-        assert rows["bpp_plane"].is_monotonic_increasing
-        assert scale != "0" or rows["psnr"].is_monotonic_increasing
-    assert jpeg["psnr"].between(8, 60).all()
-
-
-def test_the_codecs_curve_is_of_real_records(path, codec_file):
-    fit, codec = Features(path, "fit"), load_codec(codec_file)
-    curves = rate_distortion(fit, [2], codec, LAMBDAS, "elic").set_index(["coder", "scale", "quality"])
-    for scale, side in SIDES.items():
-        maps = fit.scale(2, scale)
-        for quality, lmbda in LAMBDAS.items():
-            (record,) = encode_scale(maps[None], scale, codec.codec.level(lmbda), codec)
-            decoded = decode_scale([record.data], scale, (side, side), codec)[0]
-            mse = (decoded - maps).square().mean().item()
-            row = curves.loc[("elic", scale, quality)]
-            assert row["bpp_plane"] == approx(8 * len(record.data) / maps.numel())
-            assert row["psnr"] == approx(10 * math.log10((maps.max() - maps.min()).item() ** 2 / mse), abs=0.01)
-
-
-def test_jpegs_error_is_of_the_features_alone():
-    """5 channels leave one of 3 x 2 tiles empty: it holds nothing that could be wrong."""
-    maps = torch.linspace(0, 1, 5 * 16 * 16).view(5, 16, 16)
-    assert math.prod(grid(5)) > 5
-    _, error = codec_training._jpeg(maps, "0", 95)
-    assert error < 1e-3
-
-
-# ---- the stage
 
 
 @pytest.fixture
@@ -282,7 +245,6 @@ def run(path, tmp_path, monkeypatch):
         monkeypatch.setattr(
             train_codec, "load_params", lambda: {"seed": 0, "codecs": {"elic": codec}, "lambdas": LAMBDAS}
         )
-        monkeypatch.setattr(train_codec, "SHOWN", 1)
         train_codec.main(path, "small", "elic", tmp_path / "codec.pt", tmp_path / "reports")
         return tmp_path / "codec.pt"
 
@@ -297,8 +259,6 @@ def test_zero_steps_keep_the_given_weights(run, codec_file, tmp_path):
         assert part.keys() == expected.keys()
         assert all(torch.equal(part[name], expected[name]) for name in part)
     assert read_csv(tmp_path / "reports" / "loss.csv").columns.tolist() == ["step", "loss", "bpp_plane", "mse"]
-    curves = read_csv(tmp_path / "reports" / "rate_distortion.csv")
-    assert len(curves) == len(SCALES) * (len(train_codec.LAMBDAS) + len(JPEG_QUALITIES))
 
 
 def edited(codec_file: Path, path: Path, edit) -> Path:
@@ -335,8 +295,7 @@ def test_without_weights_the_codec_starts_as_the_transform_of_its_planes(kind, r
     assert -10 * math.log10((coded.plane - plane).square().mean()) > 33  # D = 1 / (2 ln 2 lambda 255^2): 36.5 dB
 
 
-def test_a_family_of_published_networks_becomes_a_codec_file(path, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_codec, "LAMBDAS", [0.001, 0.05])
+def test_a_family_of_published_networks_becomes_a_codec_file(path, run, tmp_path):
     files, network = [], {"N": 8, "M": 16, "groups": [4, 12], "context": {"widths": [224, 128], "kernel": 5}}
     for k in range(2):
         torch.manual_seed(k)
@@ -360,11 +319,9 @@ def test_a_family_of_published_networks_becomes_a_codec_file(path, run, tmp_path
             assert record.data[0] == level
             assert (decoded - maps).square().mean().item() == approx(record.mse_feature, rel=1e-4)
     assert read_csv(tmp_path / "reports" / "loss.csv").empty
-    curves = read_csv(tmp_path / "reports" / "rate_distortion.csv")
-    assert len(curves) == len(SCALES) * (len(train_codec.LAMBDAS) + len(JPEG_QUALITIES))
 
 
-def test_a_family_of_another_network_is_refused_before_the_curves(run, tmp_path):
+def test_a_family_of_another_network_is_refused(run, tmp_path):
     torch.save(Elic2022Official(8, 16, [4, 12]).state_dict(), tmp_path / "small.pth")
     network = {"N": 8, "M": 16, "groups": [8, 8], "context": {"widths": [224, 128], "kernel": 5}}
     family = [{"lmbda": 0.002, "weights": str(tmp_path / "small.pth")}]

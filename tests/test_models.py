@@ -107,6 +107,21 @@ def test_pyramids_in_one_batch_give_the_detections_that_each_gives_alone(model):
             assert torch.allclose(found[key], alone[key], atol=1e-3)
 
 
+def test_what_pyramids_have_in_common_passes_the_slow_heads_once(model):
+    pyramid, sizes = pyramid_of(model, image(64, 64))
+    seen = []
+    heads = model.roi_heads.mask_head, model.roi_heads.keypoint_head
+    hooks = [head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0]))) for head in heads]
+    (once,) = detect(model, pyramid, [sizes], set(TASKS))
+    regions = len(once["boxes"])
+    assert seen == [regions] * 2 and regions > 0
+    twice = detect(model, {s: torch.cat([v, v]) for s, v in pyramid.items()}, [sizes] * 2, set(TASKS))
+    assert seen == [regions] * 4
+    assert_same(twice[0], twice[1])
+    for hook in hooks:
+        hook.remove()
+
+
 def test_images_of_other_original_sizes_share_a_pass(model):
     pyramid, sizes = pyramid_of(model, image(64, 64))
     small, large = detect(

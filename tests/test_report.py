@@ -108,23 +108,34 @@ def write_profile(folder: Path, tasks: tuple[str, ...] = CELLS, trained: bool = 
     params["codecs"] = {"elic": params["codecs"]["elic"]}
     folder.mkdir(parents=True)
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    data, codec = folder / "data", folder / "reports/codecs/small/elic"
+    data = folder / "data"
     for task in tasks:
         write_evaluation(data / "evaluations/small/elic" / task, task)
         write_models(data, task)
-    coded = [{"split": "fit", "image_id": i, "scale": s, "pixels": PIXELS[s]} for i in range(2) for s in SCALES]
-    write_csv(data / "coded/small/elic/q1.csv", pd.DataFrame(coded))
-    rate_distortion = [
-        {"coder": coder, "scale": s, "quality": q, "bpp_plane": 0.1 * 2**q * gain, "psnr": 25 + 4 * q - n}
-        for n, s in enumerate(SCALES)
-        for coder, gain in (("elic", 1), ("jpeg", 1.6 + n))
-        for q in range(6)
-    ]
-    write_csv(codec / "rate_distortion.csv", pd.DataFrame(rate_distortion))
+    for q, quality in enumerate(params["lambdas"]):
+        write_csv(data / f"coded/small/elic/{quality}.csv", ledger(q))
     steps = np.arange(100, 1600, 100) if trained else np.array([], int)
     loss = {"step": steps, "loss": 900 / (steps + 60), "bpp_plane": 0.5, "mse": 0.01}
-    write_csv(codec / "loss.csv", pd.DataFrame(loss))
+    write_csv(folder / "reports/codecs/small/elic/loss.csv", pd.DataFrame(loss))
     return folder
+
+
+def ledger(quality: int, rate: float = 1.0) -> pd.DataFrame:
+    """Two images of fit and one of test, which has nothing to do with the codec's curve."""
+    lines = [
+        {
+            "split": split,
+            "image_id": i,
+            "scale": s,
+            "pixels": PIXELS[s],
+            "bits": rate * PIXELS[s] * 2**quality / 8,
+            "mse_feature": (1 + i) * 2.0**-quality if split == "fit" else 1.0,
+        }
+        for split, ids in (("fit", range(2)), ("test", range(2, 3)))
+        for i in ids
+        for s in SCALES
+    ]
+    return pd.DataFrame(lines)
 
 
 @pytest.fixture(scope="module")
@@ -248,18 +259,20 @@ def test_a_codec_of_a_fifth_fewer_bits_than_hevc_saves_20_percent() -> None:
     assert without.empty and without.columns.tolist() == ["task", "codec", *tables.BD_RATE[3:]]
 
 
+def test_a_codecs_curve_is_the_mean_over_fit_of_bits_and_psnr() -> None:
+    curve = tables.rate_distortion([ledger(0), ledger(3)]).set_index("scale")
+    assert len(curve) == 2 * len(SCALES)
+    for scale, pixels in PIXELS.items():
+        assert curve.loc[scale, "bits"].tolist() == [pixels / 8, pixels]
+        # Errors 1 and 2, or an eighth of it: the PSNR is averaged, not the error.
+        assert curve.loc[scale, "psnr"].tolist() == approx([-10 * np.log10(2) / 2, 10 * np.log10(8) - 5 * np.log10(2)])
+
+
 def test_a_codec_with_a_fifth_less_rate_saves_a_fifth_of_hevcs_on_every_scale() -> None:
-    rate, psnr = np.geomspace(0.1, 2, 6), np.linspace(22, 34, 6)
-
-    def curve(coder: str, factor: float) -> pd.DataFrame:
-        parts = [
-            pd.DataFrame({"coder": name, "scale": scale, "bpp_plane": share * rate, "psnr": psnr})
-            for scale in SCALES
-            for name, share in ((coder, factor), ("jpeg", 3.0))
-        ]
-        return pd.concat(parts, ignore_index=True)
-
-    curves = {("small", "elic"): curve("elic", 0.8), ("small", "hevc"): curve("hevc", 1.0)}
+    curves = {
+        ("small", codec): tables.rate_distortion([ledger(q, rate) for q in range(6)])
+        for codec, rate in (("elic", 0.8), ("hevc", 1.0))
+    }
     found = tables.feature_bd_rates(curves)
     assert found["scale"].tolist() == list(SCALES) and set(found["codec"]) == {"elic"}
     assert found["bd_rate_pchip"].to_numpy() == approx(-20) and found["bd_rate_akima"].to_numpy() == approx(-20)
@@ -346,10 +359,15 @@ def test_the_same_tables_give_the_same_bytes(profile: Path, tmp_path: Path, monk
     assert first == second
 
 
-def test_a_codec_that_was_not_trained_has_no_loss_curve(tmp_path: Path) -> None:
-    folder = write_profile(tmp_path / "profile", ("detection",), trained=False) / "reports/codecs/small/elic"
-    figures.codec_figure(tmp_path / "codec", "small", "elic", *report.read_coder(folder))
-    assert (tmp_path / "codec.svg").stat().st_size > 10_000
+def test_a_codec_is_drawn_beside_hevc_and_one_that_was_trained_with_its_loss(tmp_path: Path) -> None:
+    curves = {codec: tables.rate_distortion([ledger(q) for q in range(4)]) for codec in ("elic", "hevc")}
+    trained, kept = pd.DataFrame({"step": [100, 200], "loss": [3.0, 2.0]}), pd.DataFrame({"step": [], "loss": []})
+    texts = []
+    for name, loss in (("trained", trained), ("kept", kept)):
+        figures.codec_figure(tmp_path / name, "small", "elic", curves, loss)
+        texts.append((tmp_path / f"{name}.svg").read_text())
+    assert all("<!-- ELIC -->" in text and "<!-- HEVC -->" in text for text in texts)
+    assert ["training loss" in text for text in texts] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -1,31 +1,25 @@
-"""Feature planes of the training split -> packing and trained codec; its rate-distortion beside JPEG's."""
+"""Feature planes of the training split -> packing and trained codec."""
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from stages.lib.coding import FeatureCodec, encode_scale
 from stages.lib.features import Features
 from stages.lib.learned import STRIDE, LearnedCodec
 from stages.lib.models import DEVICE
 from stages.lib.params import SCALES
-from stages.lib.planes import Packing, Range, learn_packing, pack, principal, unpack
+from stages.lib.planes import Packing, learn_packing, pack, principal
 from stages.lib.progress import progress
 
 SAMPLES = 3  # crops in a step, in units of the batch of scale 0
 TRANSFORM_RATE = 0.1  # of the learning rate: it starts near its optimum, the entropy model at noise
-JPEG_QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90, 95)
 
 
 def fit_packing(features: Features, kind: str) -> Packing:
@@ -157,53 +151,3 @@ def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: S
                 window = []
     codec.eval()
     return log
-
-
-def rate_distortion(
-    features: Features, image_ids: list[int], feature_codec: FeatureCodec, lambdas: dict[str, float], name: str
-) -> pd.DataFrame:
-    """Real bits and PSNR of the codec, and of JPEG on the plainly tiled planes, over some images: one row a point.
-
-    Both are measured on the features: PSNR = 10 log10(span^2 / MSE), span the image's own range of feature values.
-    bpp_plane counts what is sent for the scale, per pixel of the grey plane (a feature value each), for both; JPEG's
-    headers and tables are left out of its rate, in its favour.
-    """
-    rows = []
-    wanted = set(image_ids)
-    batches = [[i for i in batch if i in wanted] for batch in features.batches()]
-    for scale in SCALES:
-        stacks = [torch.stack([features.scale(i, scale) for i in batch]) for batch in batches if batch]
-        maps = [m for stack in stacks for m in stack]
-        spans = np.array([(m.max() - m.min()).item() for m in maps])
-        pixels = sum(m.numel() for m in maps)  # of the grey plane, also for codecs of three channels
-        for quality, lmbda in lambdas.items():
-            level = feature_codec.codec.level(lmbda)
-            records = [record for stack in stacks for record in encode_scale(stack, scale, level, feature_codec)]
-            error = np.mean([r.mse_feature / span**2 for r, span in zip(records, spans, strict=True)])
-            bits = 8 * sum(len(r.data) for r in records)
-            rows.append({"coder": name, "scale": scale, "quality": quality, "bpp_plane": bits / pixels, "psnr": error})
-        for quality in JPEG_QUALITIES:
-            results = [_jpeg(m, scale, quality) for m in maps]
-            bits, error = 8 * sum(r[0] for r in results), np.mean([r[1] for r in results])
-            rows.append(
-                {"coder": "jpeg", "scale": scale, "quality": quality, "bpp_plane": bits / pixels, "psnr": error}
-            )
-    frame = pd.DataFrame(rows)
-    frame["psnr"] = [-10 * math.log10(error) for error in frame["psnr"]]
-    return frame
-
-
-def _jpeg(features: Tensor, scale: str, quality: int) -> tuple[int, float]:
-    """Bytes of the scan and MSE in units of the span^2, for the channels tiled as they are, 8 bits, grey."""
-    low, high = features.min(), features.max()
-    grey = Packing("pca", {scale: torch.eye(len(features))}, {scale: torch.zeros(len(features))})
-    unit = (features - low) / (high - low).clamp(min=1e-12)
-    plane, (below, above) = pack(unit, scale, grey)  # symmetric range: undo it, JPEG gets all 8 bits
-    pixels = (plane[0] * (above - below) + below).clamp(0, 1).mul(255).round().byte().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, optimize=True)
-    data = buffer.getvalue()
-    decoded = torch.from_numpy(np.asarray(Image.open(buffer), dtype=np.float32) / 255)[None]
-    received = unpack(decoded, Range(0.0, 1.0), scale, len(features), grey)  # tiles without a channel do not count
-    scan = len(data) - data.index(b"\xff\xda")  # without headers and tables
-    return scan, (received - unit).square().mean().item()

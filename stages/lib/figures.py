@@ -104,20 +104,19 @@ def rd_figure(stem: Path, points: pd.DataFrame, resamples: pd.DataFrame) -> None
         )
 
 
-def codec_figure(stem: Path, model: str, codec: str, rate_distortion: pd.DataFrame, loss: pd.DataFrame) -> None:
-    """rate_distortion.csv and loss.csv of one codec -> PSNR over rate for each scale beside JPEG's; training loss."""
+def codec_figure(stem: Path, model: str, codec: str, curves: dict[str, pd.DataFrame], loss: pd.DataFrame) -> None:
+    """`rate_distortion` of a codec and of HEVC, and loss.csv -> PSNR over bits for each scale; training loss."""
     with saved(stem, 8.6, 5.2) as figure:
         panels, last = scale_panels(figure)
         for scale, axes in panels.items():
-            of_scale = rate_distortion[rate_distortion["scale"] == scale]
-            for coder, rows in of_scale.groupby("coder", sort=False):
-                colour, marker = (ORANGE, "s") if coder == "jpeg" else (BLUE, "o")
-                rows = rows.sort_values("bpp_plane", kind="stable")
-                axes.plot(rows["bpp_plane"], rows["psnr"], color=colour, marker=marker, label=coder.upper())
+            for name, curve in curves.items():
+                colour, marker = (BLUE, "o") if name == codec else (ORANGE, "s")
+                rows = curve[curve["scale"] == scale].sort_values("bits", kind="stable")
+                axes.plot(rows["bits"], rows["psnr"], color=colour, marker=marker, label=name.upper())
             plain_log_x(axes)
             axes.set_title(f"scale {scale}")
-        figure.supxlabel("bits per plane pixel", fontsize=10)
-        figure.supylabel("PSNR of the features, dB", fontsize=10)
+        figure.supxlabel("bits of the scale", fontsize=10)
+        figure.supylabel("PSNR of the features for a peak of 1, dB", fontsize=10)
         figure.suptitle(f"Codec {codec.upper()} on the features of {model}, split fit")
         legend = {"handles": panels[SCALES[0]].get_lines(), "fontsize": 10}
         if len(loss):

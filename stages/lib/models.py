@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from stages.lib.files import atomic
 from stages.lib.params import InputError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+REGIONS_PER_PASS = 64  # of a mask or keypoint head: larger maps leave a CPU's caches, and malloc asks for them anew
 
 
 class Sizes(NamedTuple):
@@ -183,7 +185,8 @@ def detect(
     boxes, scores, labels = heads.postprocess_detections(*heads.box_predictor(features), proposals, shapes)
     found = [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(boxes, scores, labels, strict=True)]
     if "segmentation" in tasks:
-        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(pyramid, boxes, shapes)))
+        regions = heads.mask_roi_pool(pyramid, boxes, shapes)
+        logits = _of_distinct(lambda part: heads.mask_predictor(heads.mask_head(part)), regions)
         for detection, masks in zip(found, maskrcnn_inference(logits, labels), strict=True):
             detection["masks"] = masks
     if "keypoints" in tasks:
@@ -192,12 +195,22 @@ def detect(
             torch.isin(k, persons) if person_ids is not None else torch.ones_like(k, dtype=torch.bool) for k in labels
         ]
         people = [b[c] for b, c in zip(boxes, chosen, strict=True)]
-        logits = heads.keypoint_predictor(heads.keypoint_head(heads.keypoint_roi_pool(pyramid, people, shapes)))
+        regions = heads.keypoint_roi_pool(pyramid, people, shapes)
+        logits = _of_distinct(lambda part: heads.keypoint_predictor(heads.keypoint_head(part)), regions)
         located, _ = keypointrcnn_inference(logits, people)
         for detection, c, keypoints in zip(found, chosen, located, strict=True):
             detection["keypoints"] = keypoints.new_zeros(len(c), *keypoints.shape[1:])
             detection["keypoints"][c] = keypoints
     return model.transform.postprocess(found, shapes, [s.original for s in sizes])
+
+
+def _of_distinct(head: Callable[[Tensor], Tensor], regions: Tensor) -> Tensor:
+    """`head` of each of the regions [R, C, h, w], equal ones computed once.
+
+    Pyramids of one image that differ in some scales have regions of the other scales in common.
+    """
+    distinct, at = torch.unique(regions, dim=0, return_inverse=True)
+    return torch.cat([head(part) for part in distinct.split(REGIONS_PER_PASS)])[at]
 
 
 def save_model(path: Path, model: nn.Module, num_classes: int, num_keypoints: int, half: bool) -> None:

@@ -150,8 +150,20 @@ def codec_bd_rates(points: pd.DataFrame, resamples: dict[tuple[str, str], pd.Dat
     return table.assign(codec=table["method"]).drop(columns="method").reset_index(drop=True)
 
 
+def rate_distortion(ledgers: list[pd.DataFrame]) -> pd.DataFrame:
+    """A codec's ledgers, one for each quality -> rows scale, bits, psnr, a point each: means over the images of `fit`.
+
+    PSNR = 10 log10(1 / MSE), of the features of an image. Their peak is not 1, but it is the same for all codecs: it
+    would move an image's PSNR alike for all, and no BD-rate. (The range of a plane is not: it depends on the packing.)
+    """
+    of_fit = [ledger[ledger["split"] == "fit"] for ledger in ledgers]
+    points = [lines.assign(psnr=-10 * np.log10(lines["mse_feature"])) for lines in of_fit]
+    means = [lines.groupby("scale", as_index=False)[["bits", "psnr"]].mean() for lines in points]
+    return pd.concat(means, ignore_index=True)
+
+
 def feature_bd_rates(curves: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
-    """rate_distortion.csv of each (model, codec) -> the codecs against HEVC in PSNR of the features, scale by scale.
+    """`rate_distortion` of each (model, codec) -> the codecs against HEVC in PSNR of the features, scale by scale.
 
     Columns as in bd_rate.csv, without what depends on a task. No rows for a model whose features HEVC does not code.
     """
@@ -162,8 +174,7 @@ def feature_bd_rates(curves: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFram
             continue
         for scale in SCALES:
             ours, theirs = (
-                Curve(*part.loc[(part["coder"] == name) & (part["scale"] == scale), ["bpp_plane", "psnr"]].to_numpy().T)
-                for part, name in ((curve, codec), (anchor, CODEC_ANCHOR))
+                Curve(*part.loc[part["scale"] == scale, ["bits", "psnr"]].to_numpy().T) for part in (curve, anchor)
             )
             found = bd_rate(theirs, ours)
             numbers = found.pchip, found.akima, found.overlap, found.n_points, "; ".join(found.flags)
