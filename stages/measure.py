@@ -1,4 +1,4 @@
-"""Bitstreams of one lambda + detector -> per image, task and scale: the loss if it alone is coded, or skipped."""
+"""Bitstreams of all lambdas + detector -> per image, task and scale: the loss if it alone is coded, or skipped."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pandas as pd
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.coding import load_codec
 from stages.lib.features import Features
-from stages.lib.files import read_csv, write_csv
+from stages.lib.files import atomic, read_csv, write_csv
 from stages.lib.measuring import single_scale_losses, truths
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params
@@ -22,19 +22,26 @@ def main(
     uncoded: Path,
     codec: Path,
     coded: Path,
-    ledger: Path,
     model: str,
     out: Path,
 ) -> None:
-    described = load_params()["models"][model]
+    """`coded` and `out` are folders, with files <q>.h5, <q>.csv and <q>.csv of each lambda."""
+    params = load_params()
+    described = params["models"][model]
     detector, predictor = load_model(weights, described), load_predictor(prediction)
-    feature_codec, clean, frames = load_codec(codec), read_csv(uncoded), []
+    feature_codec, clean, images = load_codec(codec), read_csv(uncoded), []
     for split in ("fit", "test"):
         part = load_split(splits, split)
         truth = truths({task: ground_truth(part, task) for task in described["tasks"]})
-        images = Features(features, split)
-        frames.append(single_scale_losses(detector, images, coded, feature_codec, ledger, predictor, truth, clean))
-    write_csv(out, pd.concat(frames, ignore_index=True))
+        images.append((Features(features, split), truth))
+    with atomic(out) as scratch:
+        for quality in params["lambdas"]:
+            records, ledger = coded / f"{quality}.h5", coded / f"{quality}.csv"
+            frames = [
+                single_scale_losses(detector, part, records, feature_codec, ledger, predictor, truth, clean)
+                for part, truth in images
+            ]
+            write_csv(scratch / f"{quality}.csv", pd.concat(frames, ignore_index=True))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ def main(
             curves = read_curves(coded, losses, uncoded, list(params["lambdas"]), task, "fit")
             labels, sensitivities = (
                 dict(zip(curves.image_ids.tolist(), found, strict=True))
-                for found in (importance_labels(curves.drop), sensitivity_labels(curves.loss))
+                for found in (
+                    importance_labels(curves.drop),
+                    sensitivity_labels(curves.loss, curves.loss_skipped),
+                )
             )
             trained = mfip.train(fit, labels, sensitivities, params["mfip"], params["seed"])
             tables = [_table("fit", trained.image_ids, trained.weights, trained.sensitivity)]

@@ -354,16 +354,17 @@ def profile(tmp_path, monkeypatch, images):
         write_csv(tmp_path / "coded" / f"{q}.csv", pd.DataFrame(rows))
         drops = [
             {"task": "keypoints", "split": "fit", "image_id": i, "scale": scale, "clean": 0.9, "drop": drop}
-            | {"loss": 3 * drop}
+            | {"loss": 3 * drop, "loss_skipped": 4 * drop}
             for i, weights in list(labels.items())[4:]  # the first four have no ground truth
             for scale, drop in zip(SCALES, weights, strict=True)
         ]
         write_csv(tmp_path / "losses" / f"{q}.csv", pd.DataFrame(drops))
+    write_csv(tmp_path / "uncoded.csv", pd.DataFrame(drops))
     return tmp_path, asked, test_batches
 
 
 def run_stage(folder, name):
-    inputs = (folder / file for file in ("small.h5", "small.pt", "coded", "losses"))
+    inputs = (folder / file for file in ("small.h5", "small.pt", "coded", "losses", "uncoded.csv"))
     train_mfip.main(*inputs, "small", "elic", folder / name)
     return folder / name / "keypoints"
 
@@ -376,9 +377,9 @@ def test_stage_writes_out_of_fold_predictions_of_fit_and_predictions_of_test(pro
     assert sorted(path.name for path in out.parent.iterdir()) == ["keypoints.csv", "keypoints.json", "keypoints.pt"]
 
     drop = np.repeat(np.array(list(drops.values()))[:, :, None], 2, 2)
-    label, loss = importance_labels(drop), 3 * drop
-    label[:4], loss[:4] = np.nan, 0
-    sensitivities = dict(zip(drops, sensitivity_labels(loss), strict=True))
+    label, loss, skipped = importance_labels(drop), 3 * drop, 4 * drop[:, :, [0, 0, 1]]
+    label[:4], loss[:4], skipped[:4] = np.nan, 0, 0
+    sensitivities = dict(zip(drops, sensitivity_labels(loss, skipped), strict=True))
     expected = train(batches, dict(zip(drops, label, strict=True)), QUICK, 0, sensitivities)
     assert json.loads(out.with_suffix(".json").read_text()) == expected.report
     assert expected.report["n_labelled"] == N - 4
@@ -403,11 +404,10 @@ def test_no_label_of_test_is_read(profile):
     written = []
     for garbage in (False, True):
         if garbage:
-            for path in (folder / "losses").iterdir():
-                rows = read_csv(path)
-                nonsense = rows.assign(split="test", image_id=999999, clean="?", drop="?", loss="?")
-                numbers = dict.fromkeys(("clean", "drop", "loss"), object)
-                write_csv(path, pd.concat([rows.astype(numbers), nonsense]))
+            for path in [*(folder / "losses").iterdir(), folder / "uncoded.csv"]:
+                rows, labels = read_csv(path), ("clean", "drop", "loss", "loss_skipped")
+                nonsense = rows.assign(split="test", image_id=999999, **dict.fromkeys(labels, "?"))
+                write_csv(path, pd.concat([rows.astype(dict.fromkeys(labels, object)), nonsense]))
         out = run_stage(folder, f"mfip{garbage}")
         written.append([out.with_suffix(suffix).read_bytes() for suffix in (".csv", ".json", ".pt")])
     assert written[0] == written[1]

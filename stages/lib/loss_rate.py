@@ -123,13 +123,15 @@ def mean_loss(loss: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(mean[:, ::-1], 1)[:, ::-1]
 
 
-def sensitivity_labels(loss: np.ndarray) -> np.ndarray:
-    """Losses [n, 5, K] -> sensitivities [n, 5]: how many times the mean loss an image loses, for each scale.
+def sensitivity_labels(loss: np.ndarray, loss_skipped: np.ndarray) -> np.ndarray:
+    """Losses [n, 5, K] and [n, 5, 1 + K] -> sensitivities [n, 5]: how many times the mean loss an image loses.
 
-    k_s = sum_q loss[s, q] * mean[s, q] / sum_q mean[s, q]^2, the least squares of loss ~ k * `mean_loss`; 1 for a scale
-    without any mean loss.
+    k_s = sum_q loss[s, q] * mean[s, q] / sum_q mean[s, q]^2, the least squares of loss ~ k * `mean_loss`, q over the
+    qualities and over the ways to skip the scale: the more is measured, the less noise; 1 for a scale without any mean
+    loss.
     """
-    mean = mean_loss(loss)
+    mean = np.concatenate([mean_loss(loss), mean_loss(loss_skipped)], 1)
+    loss = np.concatenate([loss, loss_skipped], 2)
     power = (mean**2).sum(1)
     return np.where(power > 0, (loss * mean).sum(2) / np.where(power > 0, power, 1), 1.0)
 
@@ -231,7 +233,7 @@ def rivals(curves: Curves, s: int) -> dict[str, float | None]:
         "mse": (lambda m, kappa: kappa * m, mse),
     }
     predicted = {name: np.full(loss.shape, np.nan) for name in (*shapes, "quality", "quality_sensitivity")}
-    sensitivity = sensitivity_labels(curves.loss)[:, s, None]
+    sensitivity = sensitivity_labels(curves.loss, curves.loss_skipped)[:, s, None]
     for k in np.unique(fold):
         train, left = fold != k, fold == k
         predicted["quality"][left] = loss[train].mean(0)
