@@ -48,8 +48,9 @@ def main(data: Path, reports: Path) -> None:
         (model, codec): tables.rate_distortion(read_ledgers(data / "coded" / model / codec, qualities))
         for model, codec in coders
     }
-    bd = pd.concat([tables.bd_rates(cell.points, cell.resamples) for cell in cells.values()], ignore_index=True)
-    paired_bd = pd.concat([tables.paired(cell.points, cell.resamples) for cell in cells.values()], ignore_index=True)
+    compared = [tables.compare(cell.points, cell.resamples) for cell in cells.values()]
+    bd = pd.concat([found.bd for found in compared], ignore_index=True)
+    paired_bd = pd.concat([tables.paired(found) for found in compared], ignore_index=True)
     codec_bd = tables.codec_bd_rates(points, {key: cell.resamples for key, cell in cells.items()})
     write_csv(reports / "rd_points.csv", points)
     write_csv(reports / "bd_rate.csv", bd)

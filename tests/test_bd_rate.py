@@ -5,10 +5,14 @@ import pytest
 from pytest import approx
 from scipy.interpolate import PchipInterpolator
 
-from stages.lib.bd_rate import Curve, bd_rate, bd_rates_of_resamples, interval, pareto
+from stages.lib.bd_rate import Curve, Interval, bd_rate, bd_rates_of_resamples, interval_of, pareto
 
 RATE = np.array([1e4, 2e4, 4e4, 7e4, 1.2e5, 2e5])
 AP = np.array([0.10, 0.22, 0.31, 0.37, 0.40, 0.42])
+
+
+def interval_of_curves(*curves: np.ndarray) -> Interval:
+    return interval_of(bd_rates_of_resamples(*curves))
 
 
 def test_a_fifth_fewer_bits_at_equal_accuracy_is_minus_20_percent():
@@ -101,28 +105,28 @@ def test_resamples_have_the_bd_rates_of_their_curves():
 
 
 def test_interval_of_equal_resamples_is_the_number():
-    low, high, failed = interval(*(np.tile(row, (20, 1)) for row in (RATE, AP, 0.8 * RATE, AP)))
+    low, high, failed = interval_of_curves(*(np.tile(row, (20, 1)) for row in (RATE, AP, 0.8 * RATE, AP)))
     assert (low, high, failed) == (approx(-20), approx(-20), 0)
 
 
 def test_interval_is_the_percentiles_of_the_resamples_savings():
     factor = np.linspace(0.5, 0.9, 201)[:, None]
     same = np.ones_like(factor)
-    low, high, _ = interval(same * RATE, same * AP, factor * RATE, same * AP)
+    low, high, _ = interval_of_curves(same * RATE, same * AP, factor * RATE, same * AP)
     assert (low, high) == (approx(-49), approx(-11))
 
 
-def test_failed_resamples_are_counted_and_most_of_them_void_the_interval():
+def test_failed_resamples_are_counted_and_most_of_them_void_the_interval_of_curves():
     rows = [np.tile(row, (10, 1)) for row in (RATE, AP, 0.8 * RATE, AP)]
     rows[3][:4] = 0
-    assert interval(*rows) == (approx(-20), approx(-20), approx(0.4))
+    assert interval_of_curves(*rows) == (approx(-20), approx(-20), approx(0.4))
     rows[3][:6] = 0
-    low, high, failed = interval(*rows)
+    low, high, failed = interval_of_curves(*rows)
     assert np.isnan([low, high]).all() and failed == approx(0.6)
 
 
 def test_200_resamples_take_less_than_a_second():
     noise = np.random.default_rng(0).normal(0, 0.002, (200, 6))
     start = time.process_time()
-    interval(np.tile(RATE, (200, 1)), AP + noise, np.tile(0.8 * RATE, (200, 1)), AP + noise[::-1])
+    interval_of_curves(np.tile(RATE, (200, 1)), AP + noise, np.tile(0.8 * RATE, (200, 1)), AP + noise[::-1])
     assert time.process_time() - start < 1

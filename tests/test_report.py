@@ -210,7 +210,7 @@ def test_a_paired_difference_is_that_of_the_bd_rates(profile: Path) -> None:
 def test_a_paired_interval_holds_the_differences_of_the_same_resamples() -> None:
     rng, bits = np.random.default_rng(0), np.geomspace(4e3, 9e4, 6)
     luck, noise = rng.normal(1, 0.1, (30, 1)), rng.normal(0, 0.005, (2, 30, 6))
-    own = {"uniform": (1, noise[0]), "twin": (0.7, noise[1]), "half": (0.35, noise[1]), "mfiba": (0.7, noise[1])}
+    own = {"uniform": (1, noise[0]), "twin": (0.7, noise[1]), "mfiba_skip": (0.35, noise[1]), "mfiba": (0.7, noise[1])}
     own["free"] = (0.8, rng.normal(0, 0.005, (30, 6)))
     head = {"task": "detection", "codec": "elic"}
     points, resamples, deltas = [], [], {}
@@ -224,11 +224,16 @@ def test_a_paired_interval_holds_the_differences_of_the_same_resamples() -> None
         both = [[p for p in resamples if p["method"].iloc[0] == m] for m in ("uniform", method)]
         curves = [[Curve(p["bits_per_image"].to_numpy(), p["accuracy"].to_numpy()) for p in part] for part in both]
         deltas[method] = np.array([bd_rate(*pair).pchip for pair in zip(*curves, strict=True)])
-    found = tables.paired(pd.concat(points), pd.concat(resamples).sample(frac=1, random_state=0)).set_index("other")
-    assert found.index.tolist() == ["twin", "half", "free"]
+    compared = tables.compare(pd.concat(points), pd.concat(resamples).sample(frac=1, random_state=0))
+    found = tables.paired(compared)
+    second = found[found["method"] == "mfiba_skip"].set_index("other")
+    assert second.index.tolist() == ["twin", "mfiba", "free"]
+    assert second.loc["mfiba", ["difference", "ci_low", "ci_high"]].max() < -25
+    found = found[found["method"] == "mfiba"].set_index("other")
+    assert found.index.tolist() == ["twin", "mfiba_skip", "free"]
     numbers = found[["difference", "ci_low", "ci_high"]]
     assert numbers.loc["twin"].tolist() == [0, 0, 0] and np.ptp(deltas["mfiba"]) > 1
-    assert numbers.loc["half", "difference"] == approx(35)
+    assert numbers.loc["mfiba_skip", "difference"] == approx(35)
     assert numbers.loc["free", "difference"] == approx(-10)
     for other in found.index:
         ends = np.percentile(deltas["mfiba"] - deltas[other], [2.5, 97.5])
@@ -238,7 +243,7 @@ def test_a_paired_interval_holds_the_differences_of_the_same_resamples() -> None
 def test_without_the_hero_nothing_is_paired() -> None:
     points = pd.DataFrame({"task": "detection", "codec": "elic", "method": ["uniform"] * 2, "point": [0, 1]})
     points = points.assign(bits_per_image=[1e3, 2e3], accuracy=[0.1, 0.2])
-    assert tables.paired(points, points.assign(resample=0)).empty
+    assert tables.paired(tables.compare(points, points.assign(resample=0))).empty
 
 
 def test_a_codec_of_a_fifth_fewer_bits_than_hevc_saves_20_percent() -> None:

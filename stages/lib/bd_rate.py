@@ -75,14 +75,6 @@ def bd_rate(anchor: Curve, test: Curve) -> BdRate:
     return BdRate(_delta(anchor, test, "pchip"), _delta(anchor, test, "akima"), overlap, len(keep_test), flags)
 
 
-def interval(anchor_bits: np.ndarray, anchor_accuracy: np.ndarray, bits: np.ndarray, accuracy: np.ndarray) -> Interval:
-    """95 % percentile interval of the pchip BD-rate over B resamples of the images: [B, P] twice, [B, P2] twice.
-
-    Both curves of a resample come from the same images.
-    """
-    return interval_of(bd_rates_of_resamples(anchor_bits, anchor_accuracy, bits, accuracy))
-
-
 def interval_of(deltas: np.ndarray) -> Interval:
     """Numbers of B resamples -> their 95 % percentile interval.
 

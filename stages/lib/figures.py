@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from stages.lib.bd_rate import INTERVAL_PERCENTILES
 from stages.lib.files import atomic
 from stages.lib.params import SCALES
-from stages.lib.tables import ANCHOR, LABEL_AWARE, UNCODED, resampled
+from stages.lib.tables import ANCHOR, HEROES, LABEL_AWARE, UNCODED, resampled
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
@@ -28,12 +28,14 @@ METHODS = {  # method -> colour, marker; others are grey
     "static": (ORANGE, "s"),
     "upstream_predicted": (SKY, "^"),
     "mfiba": (VERMILION, "D"),
+    "static_skip": (ORANGE, "P"),
     "mfiba_skip": (BLUE, "P"),
     "upstream_measured": (PURPLE, "v"),
     "oracle": (GREEN, "X"),
+    "oracle_skip": (GREEN, "P"),
 }
 OTHER_METHOD = (GREY, "*")
-WITH_BAND = (ANCHOR, "mfiba")
+WITH_BAND = (ANCHOR, *HEROES)
 LOOK = {
     "svg.hashsalt": "mfiba",  # ids in the SVG are hashes, salted at random by default
     "font.size": 10,

@@ -17,14 +17,13 @@ from stages.lib.bd_rate import (
     Curve,
     bd_rate,
     bd_rates_of_resamples,
-    interval,
     interval_of,
 )
 from stages.lib.params import SCALES, TASKS, InputError
 
 ANCHOR, UNCODED = "uniform", "none"
 CODEC_ANCHOR = "hevc"
-LABEL_AWARE = ("upstream_measured", "oracle")  # they need the labels of the images that are evaluated
+LABEL_AWARE = ("upstream_measured", "oracle", "oracle_skip")  # they need the labels of the images that are evaluated
 PAPER = {  # arXiv 2503.19278, abstract; percent
     "elic": {"detection": -38.202, "segmentation": -17.212, "keypoints": -36.492},
     "tcm": {"detection": -18.103, "segmentation": -19.866, "keypoints": -19.597},
@@ -42,7 +41,7 @@ BD_RATE = [
     "n_points",
     "flags",
 ]
-HERO = "mfiba"
+HEROES = ("mfiba", "mfiba_skip")  # they are compared with every other method
 NOT_AVAILABLE = "n/a"
 RATE_ACCURACY = ["bits_per_image", "accuracy"]
 RESAMPLES_FAILED = "resamples_failed"
@@ -72,8 +71,15 @@ def resampled(resamples: pd.DataFrame, method: str) -> tuple[np.ndarray, np.ndar
     return bits.to_numpy(float), accuracy.to_numpy(float)
 
 
-def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = ANCHOR) -> pd.DataFrame:
-    """points.csv and bootstrap.csv of one cell -> its rows of bd_rate.csv: every method against the anchor.
+class Compared(NamedTuple):
+    """Every method of one cell against the anchor."""
+
+    bd: pd.DataFrame  # rows of bd_rate.csv
+    deltas: dict[str, np.ndarray]  # method -> BD-rate of each resample, NaN where there is none
+
+
+def compare(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = ANCHOR) -> Compared:
+    """points.csv and bootstrap.csv of one cell -> BD-rates of every method against the anchor.
 
     Resample r of the method and of the anchor have the same images, so their noise cancels in the interval.
     """
@@ -83,12 +89,13 @@ def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = A
     }
     anchor, anchor_resamples = curves[anchor_name], resampled(resamples, anchor_name)
     task, codec = points[["task", "codec"]].iloc[0]
-    rows = []
+    rows, deltas = [], {}
     for method in points["method"].unique():
         if method in (anchor_name, UNCODED):
             continue
         found = bd_rate(anchor, curves[method])
-        low, high, failed = interval(*anchor_resamples, *resampled(resamples, method))
+        deltas[method] = bd_rates_of_resamples(*anchor_resamples, *resampled(resamples, method))
+        low, high, failed = interval_of(deltas[method])
         flags = found.flags + ([f"{RESAMPLES_FAILED}:{failed:.0%}"] if failed else [])
         if flags:
             warnings.warn(f"BD-rate of {method}, {task}, {codec} is doubtful: {'; '.join(flags)}", stacklevel=2)
@@ -107,30 +114,28 @@ def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = A
                 "flags": "; ".join(flags),
             }
         )
-    return pd.DataFrame(rows, columns=BD_RATE)
+    return Compared(pd.DataFrame(rows, columns=BD_RATE), deltas)
 
 
-def paired(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
-    """points.csv and bootstrap.csv of one cell -> BD-rate of `mfiba` minus that of every other method, one row each.
+def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = ANCHOR) -> pd.DataFrame:
+    """Rows of bd_rate.csv, see `compare`."""
+    return compare(points, resamples, anchor_name).bd
 
-    Percentage points, negative: `mfiba` saves more. Both BD-rates of a resample come from the same images; the interval
-    is that of their difference, NaN where more than half of the resamples have none. Columns task, codec, method,
-    other, difference, ci_low, ci_high.
+
+def paired(compared: Compared) -> pd.DataFrame:
+    """`compare` of one cell -> BD-rate of each of HEROES minus that of every other method, one row each.
+
+    Percentage points, negative: the hero saves more. Both BD-rates of a resample come from the same images; the
+    interval is that of their difference, NaN where more than half of the resamples have none. Columns task, codec,
+    method, other, difference, ci_low, ci_high.
     """
-    names = [m for m in points["method"].unique() if m not in (ANCHOR, UNCODED)]
-    anchor = resampled(resamples, ANCHOR)
-    deltas = {name: bd_rates_of_resamples(*anchor, *resampled(resamples, name)) for name in names}
-    found = {
-        name: bd_rate(*(Curve(*points.loc[points["method"] == n, RATE_ACCURACY].to_numpy().T) for n in (ANCHOR, name)))
-        for name in names
-    }
-    task, codec = points[["task", "codec"]].iloc[0]
-    rows = []
-    for other in names if HERO in names else ():
-        if other != HERO:
-            difference = deltas[HERO] - deltas[other]
-            low, high, _ = interval_of(difference)
-            rows.append((task, codec, HERO, other, found[HERO].pchip - found[other].pchip, low, high))
+    found, rows = compared.bd.set_index("method"), []
+    for hero in [method for method in HEROES if method in compared.deltas]:
+        for other, deltas in compared.deltas.items():
+            if other != hero:
+                low, high, _ = interval_of(compared.deltas[hero] - deltas)
+                key = (*found.loc[hero, ["task", "codec"]], hero, other)
+                rows.append((*key, found["bd_rate_pchip"][hero] - found["bd_rate_pchip"][other], low, high))
     return pd.DataFrame(rows, columns=["task", "codec", "method", "other", "difference", "ci_low", "ci_high"])
 
 
@@ -224,7 +229,10 @@ def bd_rate_tables(
     """Tables of report, and of each (task, codec) `fit_scales` and the errors of MFIP -> the main results."""
     return [
         *(_bd_rate_table(codec, rows) for codec, rows in bd.groupby("codec", sort=False)),
-        *(_paired_table(codec, rows) for codec, rows in paired_bd.groupby("codec", sort=False)),
+        *(
+            _paired_table(codec, hero, rows)
+            for (codec, hero), rows in paired_bd.groupby(["codec", "method"], sort=False)
+        ),
         *([_codec_table(codec_bd)] if len(codec_bd) else []),
         _context_table(points),
         _fit_table(fits),
@@ -374,7 +382,7 @@ def _context_table(points: pd.DataFrame) -> Table:
     )
 
 
-def _paired_table(codec: str, paired_bd: pd.DataFrame) -> Table:
+def _paired_table(codec: str, hero: str, paired_bd: pd.DataFrame) -> Table:
     tasks = [task for task in TASKS if task in set(paired_bd["task"])]
     rows = []
     for other in paired_bd["other"].unique():
@@ -382,9 +390,9 @@ def _paired_table(codec: str, paired_bd: pd.DataFrame) -> Table:
         numbers = [[found.loc[task, name] for name in ("difference", "ci_low", "ci_high")] for task in tasks]
         cells = ["{} [{}, {}]".format(*(_number(value, ".1f") for value in of_task)) for of_task in numbers]
         rows.append([_named(other), *cells])
-    title = f"BD-rate of {HERO} minus that of the others, codec {codec}: percentage points, negative: {HERO} saves more"
+    title = f"BD-rate of {hero} minus that of the others, codec {codec}: percentage points, negative: {hero} saves more"
     note = "In brackets the 95 % interval of the difference, both resampled with the same images."
-    return Table(title, [f"{HERO} against", *tasks], rows, [f"{note} {_label_aware_note()}"])
+    return Table(title, [f"{hero} against", *tasks], rows, [f"{note} {_label_aware_note()}"])
 
 
 def _fit_table(fits: dict[tuple[str, str], dict]) -> Table:
