@@ -231,19 +231,19 @@ def method_figure(stem: Path) -> None:
         _box(axes, 14.8, 29, 10.4, 7, text="backbone")
         _pyramid(axes, 29, 29, 1, [0.7] * len(SCALES))
         axes.text(43.5, 36.2, "feature pyramid", ha="center", va="top")
-        _box(axes, 53, 27.5, 13, 10, "#D9EFE7", GREEN, "codec,\neach scale at\nits own $\\varphi_s$")
+        _box(axes, 53, 27.5, 13, 10, "#D9EFE7", GREEN, "codec, each\nscale at its own\n$\\varphi_s$, or not sent", 9)
         _arrow(axes, (11.4, 32.5), (14.3, 32.5))
         _arrow(axes, (25.7, 32.5), (28.7, 32.5))
         _arrow(axes, (50.1, 32.5), (52.5, 32.5))
         _arrow(axes, (66.5, 32.5), (78.9, 32.5), linewidth=3)
         axes.text(72.5, 33.6, "bitstream", ha="center")
 
-        _box(axes, 79.5, 28.5, 13, 8, "#D9EFE7", GREEN, "decode")
-        _pyramid(axes, 77.6, 18.6, 0.82, [0.3, 0.9, 0.7, 0.5, 0.2])
-        axes.text(86, 15.3, "darker: higher $\\varphi_s$", ha="center", va="center", fontsize=9)
+        _box(axes, 79.5, 28.5, 13, 8, "#D9EFE7", GREEN, "decode, predict\nwhat is not sent", 9)
+        _pyramid(axes, 77.6, 18.6, 0.82, [0.3, 0.9, 0.7, 0.5, 0])
+        axes.text(86, 14.9, "darker: higher $\\varphi_s$;\ndashed: predicted", ha="center", va="center", fontsize=8)
         _box(axes, 79.5, 3, 13, 8.5, text="task heads:\nboxes, masks,\nkeypoints")
         _arrow(axes, (86, 28), (86, 24.5))
-        _arrow(axes, (86, 14.3), (86, 12))
+        _arrow(axes, (86, 13.3), (86, 12))
 
         axes.plot([40.25, 40.25, 8.7], [28.6, 24, 24], color=BLACK, linewidth=1.4, solid_joinstyle="miter")
         _arrow(axes, (8.7, 24.08), (8.7, 11.4))
@@ -294,10 +294,11 @@ def _arrow(
 
 
 def _pyramid(axes: Axes, x: float, y: float, size: float, shades: list[float]) -> None:
-    """Five squares from scale 0 to pool, darker where the quality is higher."""
+    """Five squares from scale 0 to pool, darker where the quality is higher, dashed where nothing is sent."""
     for scale, side, shade in zip(SCALES, (6, 4.6, 3.6, 2.9, 2.3), shades, strict=True):
         side *= size
-        axes.add_patch(Rectangle((x, y), side, side, facecolor="white", edgecolor=BLUE, linewidth=1.2))
+        line = "-" if shade else "--"
+        axes.add_patch(Rectangle((x, y), side, side, facecolor="white", edgecolor=BLUE, linewidth=1.2, linestyle=line))
         axes.add_patch(Rectangle((x, y), side, side, facecolor=BLUE, alpha=shade, linewidth=0))
         axes.text(x + side / 2, y - 0.5, scale, ha="center", va="top", fontsize=9)
         x += side + 0.3 * size
