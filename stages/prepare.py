@@ -24,7 +24,8 @@ def main(out: Path) -> None:
     else:
         disk_check(out, sum(counts.values()) * prepare["size"] ** 2 * BYTES_PER_PIXEL)
         with atomic(out) as folder:
-            shapes.generate(folder, counts["train"], counts["fit"] + counts["test"], prepare["size"], params["seed"])
+            n_val = counts["fit"] + counts["test"]
+            shapes.generate(folder, counts["train"], n_val, prepare["size"], prepare["seed"])
             write_json(folder / "splits.json", make_splits(folder, counts, tasks, seen_as=out))
 
 

@@ -149,6 +149,7 @@ SCHEMA = {
     "root": TEXT,
     "seed": whole(0),
     "prepare": {
+        "seed": whole(0),
         "source": one_of(("shapes", "coco")),
         "coco_root": TEXT_OR_NULL,
         "size": whole(64),
