@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from stages.lib import figures, tables
+from stages.lib import bound_tables, figures, tables
 from stages.lib.files import atomic, read_csv, read_json, write_csv, write_json
 from stages.lib.params import SCALES, InputError, entry, load_params
 
@@ -22,6 +22,8 @@ RD_POINTS = [
     "split",
 ]
 RESAMPLES = ["method", "point", "resample", "bits_per_image", "accuracy"]
+ADDITIVITY = ["image_id", "kind", "bits", "joint", "mirrored", "additive"]
+ENUMERATION = ["image_id", "lambda_prime", "additive", "descent", "optimum"]
 
 
 class Cell(NamedTuple):
@@ -57,14 +59,20 @@ def main(data: Path, reports: Path) -> None:
     feature_bd = tables.feature_bd_rates({key: rate_distortion for key, (rate_distortion, _) in coders.items()})
     write_csv(reports / "codec_feature_bd_rate.csv", feature_bd)
     write_json(reports / "metrics.json", tables.metrics(points, bd))
+    studied = {name: params["cells"][name] for name in params["studies"]}
+    studies = {(cell["task"], cell["codec"]): read_study(data / "bounds" / name) for name, cell in studied.items()}
     fits, mfip = ({key: getattr(cell, name) for key, cell in cells.items()} for name in ("fit", "mfip"))
     for name, found in (
         ("rd_points", tables.rd_points_tables(points)),
         ("bd_rate", tables.bd_rate_tables(points, bd, paired_bd, codec_bd, fits, mfip)),
+        ("bound", bound_tables.bound_tables(studies)),
     ):
         write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
         write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))
     draw(cells, coders, reports / "figures")
+    for (task, codec), study in studies.items():
+        parts = bound_tables.parts_of(study.additivity)
+        figures.additivity_figure(reports / "figures" / f"additivity_{task}_{codec}", task, codec, parts)
 
 
 def read_cell(data: Path, model: str, codec: str, task: str, quality: str) -> Cell:
@@ -86,6 +94,19 @@ def read_coder(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The codec's folder of `train_codec` -> rate_distortion.csv and loss.csv."""
     rate_distortion = _read(folder / "rate_distortion.csv", ["coder", "scale", "bpp_plane", "psnr"])
     return rate_distortion, _read(folder / "loss.csv", ["step", "loss"])
+
+
+def read_study(folder: Path) -> bound_tables.Study:
+    """What `bound` wrote of one cell."""
+    return bound_tables.Study(
+        *(
+            _read(place / f"{name}.csv", columns)
+            for place in (folder, folder / "mirrored")
+            for name, columns in (("points", RD_POINTS), ("bootstrap", RESAMPLES))
+        ),
+        _read(folder / "additivity.csv", ADDITIVITY),
+        _read(folder / "enumeration.csv", ENUMERATION),
+    )
 
 
 def draw(
