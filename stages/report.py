@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from stages.lib import figures, tables
+from stages.lib import bound_tables, figures, tables
 from stages.lib.files import atomic, read_csv, read_json, write_csv, write_json
 from stages.lib.params import SCALES, InputError, entry, load_params
 
@@ -22,6 +22,8 @@ RD_POINTS = [
     "split",
 ]
 RESAMPLES = ["method", "point", "resample", "bits_per_image", "accuracy"]
+ADDITIVITY = ["image_id", "kind", "bits", "joint", "mirrored", "additive"]
+ENUMERATION = ["image_id", "lambda_prime", "additive", "descent", "optimum"]
 
 
 class Cell(NamedTuple):
@@ -58,15 +60,21 @@ def main(data: Path, reports: Path) -> None:
     write_csv(reports / "codec_bd_rate.csv", codec_bd)
     write_csv(reports / "codec_feature_bd_rate.csv", tables.feature_bd_rates(curves))
     write_json(reports / "metrics.json", tables.metrics(points, bd))
+    studied = {name: params["cells"][name] for name in params["studies"]}
+    studies = {(cell["task"], cell["codec"]): read_study(data / "bounds" / name) for name, cell in studied.items()}
     fits, mfip = ({key: getattr(cell, name) for key, cell in cells.items()} for name in ("fit", "mfip"))
     for name, found in (
         ("rd_points", tables.rd_points_tables(points)),
         ("bd_rate", tables.bd_rate_tables(points, bd, paired_bd, codec_bd, fits, mfip)),
+        ("bound", bound_tables.bound_tables(studies)),
     ):
         write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
         write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))
     losses = {key: _read(reports.joinpath("codecs", *key, "loss.csv"), ["step", "loss"]) for key in coders}
     draw(cells, curves, losses, reports / "figures")
+    for (task, codec), study in studies.items():
+        parts = bound_tables.parts_of(study.additivity)
+        figures.additivity_figure(reports / "figures" / f"additivity_{task}_{codec}", task, codec, parts)
 
 
 def read_cell(data: Path, model: str, codec: str, task: str, quality: str) -> Cell:
@@ -87,6 +95,19 @@ def read_cell(data: Path, model: str, codec: str, task: str, quality: str) -> Ce
 
 def read_ledgers(folder: Path, qualities: list[str]) -> list[pd.DataFrame]:
     return [_read(folder / f"{quality}.csv", ["split", "scale", "bits", "mse_feature"]) for quality in qualities]
+
+
+def read_study(folder: Path) -> bound_tables.Study:
+    """What `bound` wrote of one cell."""
+    return bound_tables.Study(
+        *(
+            _read(place / f"{name}.csv", columns)
+            for place in (folder, folder / "mirrored")
+            for name, columns in (("points", RD_POINTS), ("bootstrap", RESAMPLES))
+        ),
+        _read(folder / "additivity.csv", ADDITIVITY),
+        _read(folder / "enumeration.csv", ENUMERATION),
+    )
 
 
 def draw(

@@ -186,6 +186,23 @@ def importance_figure(stem: Path, task: str, codec: str, fit: dict, weights: pd.
         figure.suptitle(f"{task.capitalize()}, {codec.upper()}: importance of the scales")
 
 
+def additivity_figure(stem: Path, task: str, codec: str, parts: dict[str, pd.DataFrame]) -> None:
+    """Parts of additivity.csv -> a panel each: joint over additive loss of the tuples, and the mean of each tenth."""
+    with saved(stem, 9.6, 3.4) as figure:
+        panels = figure.subplots(1, len(parts), sharex=True, sharey=True)
+        for axes, (name, tuples) in zip(panels, parts.items(), strict=True):
+            axes.hexbin(tuples["additive"], tuples["joint"], gridsize=24, bins="log", cmap="Greys", linewidths=0)
+            axes.axline((0, 0), slope=1, color=GREY, linestyle="--", linewidth=1, label="joint = additive")
+            tenth = pd.qcut(tuples["additive"].rank(method="first"), 10, labels=False)
+            mean = tuples[["additive", "joint"]].groupby(tenth).mean()
+            axes.plot(mean["additive"], mean["joint"], color=VERMILION, marker="o", label="mean of each tenth")
+            axes.set_title(name)
+        panels[0].legend(loc="upper left")
+        figure.supxlabel("sum of the losses of single scales, objects", fontsize=10)
+        figure.supylabel("joint loss, objects", fontsize=10)
+        figure.suptitle(f"{task.capitalize()}, {codec.upper()}: do the losses of the scales add up?")
+
+
 def scale_panels(figure: Figure) -> tuple[dict[str, Axes], Axes]:
     """2 x 3 panels: one for each scale, and the last."""
     *panels, last = figure.subplots(2, 3).flat

@@ -26,6 +26,7 @@ from stages.lib.shards import map_shards
 PYRAMIDS_PER_PASS = 48  # of the heads: enough to fill a CPU's caches and a GPU, flat in memory
 ACCURACY_NAMES = {"detection": "box AP", "segmentation": "mask AP", "keypoints": "keypoint AP"}
 Pyramid = dict[str, Tensor]  # scale -> [N, C, H_s, W_s]
+Variant = tuple[int, tuple[int, ...]]  # image, and phi of each scale
 
 
 class Truths(NamedTuple):
@@ -60,7 +61,7 @@ def uncoded_accuracies(detector: nn.Module, features: Features, predictor: Predi
                     rows += [(*key, s, value, utility, utility - u) for s, u in zip(SCALES, left, strict=True)]
         return rows
 
-    rows = [row for part in _over_batches(measure, features, f"measure uncoded {features.split}") for row in part]
+    rows = [row for part in over_batches(measure, features, f"measure uncoded {features.split}") for row in part]
     columns = ["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"]
     return pd.DataFrame(rows, columns=columns).sort_values(
         ["task", "image_id", "scale"], kind="stable", ignore_index=True
@@ -109,7 +110,7 @@ def single_scale_losses(
                     ]
         return rows
 
-    rows = [row for part in _over_batches(measure, features, f"measure {features.split}") for row in part]
+    rows = [row for part in over_batches(measure, features, f"measure {features.split}") for row in part]
     columns = ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]
     frame = pd.DataFrame(rows, columns=columns)
     return frame.sort_values(["task", "image_id", "scale"], kind="stable", ignore_index=True)
@@ -185,27 +186,39 @@ def evaluate(
     predicted; equal choices of several methods pass the heads once. Point ("none", 0) is the uncoded pyramid.
     """
     choices = {task: choices_of(allocation) for task, allocation in allocations.items()}
-    files = [coded / f"{quality}.h5" for quality in qualities]
-    records = [CodedSplit(file, features.split) for file in files]
-    expected = [_lines(file.with_suffix(".csv"), features, "mse_feature") for file in files]
+    decode = decoder(features, coded, qualities, feature_codec)
 
     def measure(image_ids: list[int]) -> dict[str, list[Matches]]:
-        clean = _on_device(features.pyramids(image_ids))
-        decoded = [part.decode(image_ids, feature_codec) for part in records]
-        for file, pyramid, lines in zip(files, decoded, expected, strict=True):
-            _check_decoded(file, image_ids, clean, pyramid, lines)
-        decoded.append(clean)
+        decoded = decode(image_ids)
         return {
             task: joint_matches(detector, decoded, predictor, image_ids, features, truth, task, chosen)
             for task, chosen in choices.items()
         }
 
-    parts = _over_batches(measure, features, f"evaluate {' '.join(choices)}")
+    parts = over_batches(measure, features, f"evaluate {' '.join(choices)}")
     merged = {task: [merge(list(point)) for point in zip(*(p[task] for p in parts), strict=True)] for task in choices}
     return {
         task: (chosen, dict(zip([("none", 0), *chosen.points], merged[task], strict=True)))
         for task, chosen in choices.items()
     }
+
+
+def decoder(
+    features: Features, coded: Path, qualities: list[str], feature_codec: FeatureCodec
+) -> Callable[[list[int]], list[Pyramid]]:
+    """Image ids of one batch -> their pyramids at every quality, checked against the ledgers, then uncoded."""
+    files = [coded / f"{quality}.h5" for quality in qualities]
+    records = [CodedSplit(file, features.split) for file in files]
+    expected = [_lines(file.with_suffix(".csv"), features, "mse_feature") for file in files]
+
+    def decode(image_ids: list[int]) -> list[Pyramid]:
+        clean = _on_device(features.pyramids(image_ids))
+        decoded = [part.decode(image_ids, feature_codec) for part in records]
+        for file, pyramid, lines in zip(files, decoded, expected, strict=True):
+            _check_decoded(file, image_ids, clean, pyramid, lines)
+        return [*decoded, clean]
+
+    return decode
 
 
 def joint_matches(
@@ -222,6 +235,22 @@ def joint_matches(
     uncoded = (len(decoded) - 1,) * len(SCALES)
     chosen = {i: [uncoded, *map(tuple, choices.phi[i].tolist())] for i in image_ids}
     wanted = [(i, phi) for i in image_ids for phi in sorted(set(chosen[i]))]
+    found = joint_results(detector, decoded, predictor, image_ids, features, truth, task, wanted)
+    variants = [[r for i in image_ids for r in found[i, chosen[i][p]]] for p in range(len(choices.points) + 1)]
+    return match_variants(truth.coco[task], variants, image_ids, task)
+
+
+def joint_results(
+    detector: nn.Module,
+    decoded: list[Pyramid],
+    predictor: Predictor,
+    image_ids: list[int],
+    features: Features,
+    truth: Truths,
+    task: str,
+    wanted: list[Variant],
+) -> dict[Variant, list[dict[str, Any]]]:
+    """Pyramids of the images `image_ids` at every quality -> COCO's results of these variants, in full passes."""
     found = {}
     for chunk in _chunks(wanted, PYRAMIDS_PER_PASS):
         pyramid = _assemble(decoded, predictor, [(image_ids.index(i), phi) for i, phi in chunk])
@@ -229,11 +258,10 @@ def joint_matches(
         detections = detect(detector, pyramid, sizes, {task}, truth.person_ids)
         for key, detection in zip(chunk, detections, strict=True):
             found[key] = results(key[0], detection, task, truth.person_ids)
-    variants = [[r for i in image_ids for r in found[i, chosen[i][p]]] for p in range(len(choices.points) + 1)]
-    return match_variants(truth.coco[task], variants, image_ids, task)
+    return found
 
 
-def _assemble(decoded: list[Pyramid], predictor: Predictor, wanted: list[tuple[int, tuple[int, ...]]]) -> Pyramid:
+def _assemble(decoded: list[Pyramid], predictor: Predictor, wanted: list[Variant]) -> Pyramid:
     """Pyramids at every quality, (image, phi of each scale) -> these variants; a skipped scale is predicted."""
     pyramid: Pyramid = {}
     for scale in COARSE_TO_FINE:
@@ -300,7 +328,7 @@ def bits_of(coded: Path, qualities: list[str], features: Features) -> dict[int, 
     return {i: np.stack([part.loc[i].to_numpy() for part in lines], 1) for i in features.image_ids}
 
 
-def _over_batches(function: Callable[[list[int]], Any], features: Features, name: str) -> list[Any]:
+def over_batches(function: Callable[[list[int]], Any], features: Features, name: str) -> list[Any]:
     batches, total = list(features.batches()), len(features.image_ids)
     found = zip(map_shards(function, batches), batches, strict=True)
     return [result for result, _ in progress(found, name, total, lambda part: len(part[1]))]

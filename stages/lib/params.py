@@ -193,6 +193,7 @@ SCHEMA = {
     "mfip": {"precode": TEXT, "channels": whole(1), "epochs": whole(1), "lr": POSITIVE, "validation": SHARE},
     "report": {"bootstrap": whole(1)},
     "cells": Named(NAME, {"task": TEXT, "model": TEXT, "codec": TEXT}),
+    "studies": Listed(NAME),
 }
 
 
@@ -299,6 +300,8 @@ def _check_cells(params: dict[str, Any]) -> None:
         for codec in params["codecs"]:
             remedy = f"no cell has model {model} and codec {codec}; add one, or remove the model or the codec"
             _need(tasks_of(params, model, codec), "cells", list(params["cells"]), remedy)
+    for number, name in enumerate(params["studies"]):
+        _refer(params, "cells", name, f"studies[{number}]")
 
 
 def _walk(value: Any, schema: Any, key: str) -> None:

@@ -23,7 +23,8 @@ from stages.lib.params import SCALES, TASKS, InputError
 
 ANCHOR, UNCODED = "uniform", "none"
 CODEC_ANCHOR = "hevc"
-LABEL_AWARE = ("upstream_measured", "oracle", "oracle_skip")  # they need the labels of the images that are evaluated
+# They need the labels of the images that are evaluated.
+LABEL_AWARE = ("upstream_measured", "oracle", "oracle_skip", "oracle_joint", "oracle_skip_joint")
 PAPER = {  # arXiv 2503.19278, abstract; percent
     "elic": {"detection": -38.202, "segmentation": -17.212, "keypoints": -36.492},
     "tcm": {"detection": -18.103, "segmentation": -19.866, "keypoints": -19.597},
@@ -259,7 +260,7 @@ def rd_points_tables(points: pd.DataFrame) -> list[Table]:
                 f"{uncoded['split']}",
                 ["method", *(f"point {n}" for n in numbers)],
                 [[_named(m), *(cells.get((m, n), "") for n in numbers)] for m in coded["method"].unique()],
-                [f"Uncoded: {_number(uncoded['accuracy'], '.3f')}. {_label_aware_note()}"],
+                [f"Uncoded: {_number(uncoded['accuracy'], '.3f')}. {label_aware_note()}"],
             )
         )
     return tables
@@ -320,15 +321,15 @@ def _uncoded(rows: pd.DataFrame) -> _Uncoded:
 
 def _bd_rate_table(codec: str, bd: pd.DataFrame) -> Table:
     title = f"BD-rate against {ANCHOR}, codec {codec}: percent of the bits at equal accuracy, negative is a saving"
-    return _comparison(title, bd, _label_aware_note())
+    return comparison(title, bd, label_aware_note())
 
 
 def _codec_table(codec_bd: pd.DataFrame) -> Table:
     title = f"BD-rate of the codecs against {CODEC_ANCHOR}, all with {ANCHOR}: percent of the bits at equal accuracy"
-    return _comparison(title, codec_bd.rename(columns={"codec": "method"}), "")
+    return comparison(title, codec_bd.rename(columns={"codec": "method"}), "")
 
 
-def _comparison(title: str, bd: pd.DataFrame, note: str) -> Table:
+def comparison(title: str, bd: pd.DataFrame, note: str) -> Table:
     tasks = [task for task in TASKS if task in set(bd["task"])]
     notes: dict[str, int] = {}  # note -> its number
     rows = []
@@ -392,7 +393,7 @@ def _paired_table(codec: str, hero: str, paired_bd: pd.DataFrame) -> Table:
         rows.append([_named(other), *cells])
     title = f"BD-rate of {hero} minus that of the others, codec {codec}: percentage points, negative: {hero} saves more"
     note = "In brackets the 95 % interval of the difference, both resampled with the same images."
-    return Table(title, [f"{hero} against", *tasks], rows, [f"{note} {_label_aware_note()}"])
+    return Table(title, [f"{hero} against", *tasks], rows, [f"{note} {label_aware_note()}"])
 
 
 def _fit_table(fits: dict[tuple[str, str], dict]) -> Table:
@@ -471,7 +472,7 @@ def _named(method: str) -> str:
     return f"{method} *" if method in LABEL_AWARE else method
 
 
-def _label_aware_note() -> str:
+def label_aware_note() -> str:
     return "* uses the labels of the evaluated images: no sender can do that."
 
 

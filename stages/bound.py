@@ -1,0 +1,56 @@
+"""Allocations + bitstreams + detector -> the least joint cost found on `test`, and how far losses add up."""
+
+from pathlib import Path
+
+from stages.lib.bound import bound
+from stages.lib.coco import ground_truth, load_split
+from stages.lib.coding import load_codec
+from stages.lib.features import Features
+from stages.lib.files import atomic, read_csv, write_csv
+from stages.lib.loss_rate import read_curves
+from stages.lib.measuring import truths
+from stages.lib.models import load_model
+from stages.lib.params import entry, load_params
+from stages.lib.prediction import load as load_predictor
+
+
+def main(
+    splits: Path,
+    models: Path,
+    features: Path,
+    predictions: Path,
+    codecs: Path,
+    coded: Path,
+    losses: Path,
+    allocations: Path,
+    cell: str,
+    out: Path,
+) -> None:
+    params = load_params()
+    task, model, codec = (params["cells"][cell][key] for key in ("task", "model", "codec"))
+    place, lambdas = Path(model) / codec, params["lambdas"]
+    found = bound(
+        load_model(models / f"{model}.pt", params["models"][model]),
+        Features(features / f"{model}.h5", "test"),
+        coded / place,
+        lambdas,
+        load_codec(codecs / f"{place}.pt"),
+        load_predictor(predictions / f"{model}.pt"),
+        read_csv(allocations / place / f"{task}.csv"),
+        read_curves(coded / place, losses / place, losses / model / "uncoded.csv", list(lambdas), task, "test"),
+        truths({task: ground_truth(load_split(splits, "test"), task)}),
+        {"task": task, "codec": codec},
+        params["report"]["bootstrap"],
+        params["seed"],
+    )
+    with atomic(out) as scratch:
+        write_csv(scratch / "allocation.csv", found.allocation)
+        write_csv(scratch / "additivity.csv", found.additivity)
+        write_csv(scratch / "enumeration.csv", found.enumeration)
+        for folder, (points, bootstrap) in ((scratch, found.evaluation), (scratch / "mirrored", found.mirrored)):
+            write_csv(folder / "points.csv", points)
+            write_csv(folder / "bootstrap.csv", bootstrap)
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,136 @@
+"""What `bound` found in each cell -> the tables of the bound, of the enumeration and of additivity."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from stages.lib.tables import Table, bd_rates, comparison, label_aware_note
+
+LOSSES = ["joint", "mirrored", "additive"]
+JOINT_NOTE = (
+    "oracle and oracle_skip take the loss for the sum of single-scale losses; oracle_joint and oracle_skip_joint "
+    "descend from them on the joint loss, scale by scale, at the same prices. What the descent adds to the saving is "
+    "what additivity costs a bound, and luck: it tries many tuples, and keeps those that the coding errors favour."
+)
+MIRRORED_NOTE = (
+    "Every feature map coded upside down and turned back: other coding errors of the same images at the same "
+    "qualities, which nobody chose on; the bits are those of the files. uniform is coded so too. A method that sees "
+    "no labels should save what it saved above; what a bound loses was luck with the coding errors, what it keeps is "
+    "of the image."
+)
+ADDITIVITY_NOTES = [
+    "Random tuples of qualities on all images with ground truth; losses are in objects of an image, means over the "
+    "tuples. joint = slope * additive + constant, r2 of that line; in image: of both less their means over the image's "
+    "tuples, which is all that an allocation compares; of mirrored: the same r2 of the loss of the same tuple coded "
+    "upside down, the most that a model without the coding errors could reach; interaction: var(joint - additive) / "
+    "var(joint).",
+    "Every allocation here, the paper's closed form as much as mfiba and the oracles, minimises a sum over scales. It "
+    "rests on less than equality: a slope other than 1 is a factor on lambda', and a constant changes no choice. What "
+    "counts is the order of an image's tuples at like rates. A slope below 1 says that coarse coding of several scales "
+    "costs less than the sum, since an object can be lost once only; where r2 in image comes near that of mirrored, "
+    "what the sum leaves unexplained is no more than chance.",
+]
+
+
+class Study(NamedTuple):
+    """The folder of one cell that `bound` wrote; points and resamples as of `evaluate`."""
+
+    points: pd.DataFrame
+    resamples: pd.DataFrame
+    mirrored_points: pd.DataFrame
+    mirrored_resamples: pd.DataFrame
+    additivity: pd.DataFrame
+    enumeration: pd.DataFrame
+
+
+class Additivity(NamedTuple):
+    """How well joint losses are sums of single-scale ones, over some tuples of some images."""
+
+    tuples: int
+    bits: float  # mean
+    joint: float  # mean losses, in objects
+    additive: float
+    slope: float  # of the least-squares line joint ~ slope * additive + constant
+    r2: float  # of that line
+    r2_within: float  # the same, both less their mean over the tuples of the image: what an allocation sees
+    r2_mirrored: float  # r2_within of the loss of the same tuples with other coding errors
+    spearman: float
+    interaction: float  # var(joint - additive) / var(joint)
+
+
+def describe(tuples: pd.DataFrame) -> Additivity:
+    """Rows of additivity.csv -> numbers; NaN where nothing varies."""
+    joint, _, additive = (tuples[name] for name in LOSSES)
+    within = tuples[LOSSES] - tuples.groupby("image_id")[LOSSES].transform("mean")
+    return Additivity(
+        len(tuples),
+        tuples["bits"].mean(),
+        joint.mean(),
+        additive.mean(),
+        joint.cov(additive) / additive.var(),
+        joint.corr(additive) ** 2,
+        within["joint"].corr(within["additive"]) ** 2,
+        within["joint"].corr(within["mirrored"]) ** 2,
+        joint.rank().corr(additive.rank()),
+        (joint - additive).var() / joint.var(),
+    )
+
+
+def parts_of(tuples: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of additivity.csv -> thirds by bits of those that send all scales; the others; all."""
+    skipping = tuples["kind"] == "skipping"
+    sent = tuples[~skipping]
+    third = pd.qcut(sent["bits"].rank(method="first"), 3, labels=False)
+    parts = {name: sent[third == n] for n, name in enumerate(("low rates", "middle rates", "high rates"))}
+    return parts | {"some scales not sent": tuples[skipping], "all": tuples}
+
+
+def bound_tables(studies: dict[tuple[str, str], Study]) -> list[Table]:
+    """Studies of each (task, codec) -> the tables of reports/tables/bound."""
+    files, mirrored = (
+        pd.concat([bd_rates(points, resamples) for points, resamples in found], ignore_index=True)
+        for found in zip(*((study[:2], study[2:4]) for study in studies.values()), strict=True)
+    )
+    tables = []
+    for codec in files["codec"].unique():
+        title = f"BD-rate against uniform, codec {codec}"
+        of_files, of_mirrored = (bd[bd["codec"] == codec] for bd in (files, mirrored))
+        tables.append(comparison(f"{title}: bounds on the joint loss", of_files, f"{label_aware_note()} {JOINT_NOTE}"))
+        tables.append(comparison(f"{title}: the same choices, coded mirrored", of_mirrored, MIRRORED_NOTE))
+    return [*tables, _enumeration_table(studies), _additivity_table(studies)]
+
+
+def _enumeration_table(studies: dict[tuple[str, str], Study]) -> Table:
+    rows = []
+    for (task, codec), study in studies.items():
+        for price, found in study.enumeration.groupby("lambda_prime"):
+            means = found[["additive", "descent", "optimum"]].mean()
+            above = [f"{100 * (means[name] / means['optimum'] - 1):.1f} %" for name in ("additive", "descent")]
+            reached = [f"{np.isclose(found[name], found['optimum']).mean():.0%}" for name in ("additive", "descent")]
+            rows.append([f"{task}, {codec}", f"{price:.1e}", *(f"{mean:.3f}" for mean in means), *above, *reached])
+    headers = ["", "lambda'", "additive", "descent", "optimum"]
+    headers += ["additive above", "descent above", "additive optimal", "descent optimal"]
+    images = ", ".join(f"{s.enumeration['image_id'].nunique()} images of {key[0]}" for key, s in studies.items())
+    note = (
+        f"{images}; each scale not sent or at one of two qualities, so 243 tuples. Costs are in objects, loss plus "
+        "lambda' times bits, mean over the images; above: of these means, against that of the optimum; optimal: share "
+        "of the images."
+    )
+    return Table(
+        "Joint cost of the additive choice, of the descent from it and of the best of all tuples", headers, rows, [note]
+    )
+
+
+def _additivity_table(studies: dict[tuple[str, str], Study]) -> Table:
+    rows = []
+    for (task, codec), study in studies.items():
+        for name, tuples in parts_of(study.additivity).items():
+            found = describe(tuples)
+            shares = (f"{value:.2f}" for value in found[4:])
+            rows.append(
+                [f"{task}, {codec}: {name}", str(found.tuples), f"{found.bits:,.0f}"]
+                + [f"{found.joint:.3f}", f"{found.additive:.3f}", *shares]
+            )
+    headers = ["", "tuples", "bits", "joint", "additive", "slope", "r2", "r2 in image", "of mirrored", "Spearman"]
+    return Table("Joint loss against the sum of single-scale losses", [*headers, "interaction"], rows, ADDITIVITY_NOTES)

@@ -1,0 +1,422 @@
+"""The bound never costs more than where it starts, and is exact where losses add up."""
+
+import io
+import zlib
+from contextlib import redirect_stdout
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pytest import approx
+
+from stages.lib import bound as module
+from stages.lib import measuring
+from stages.lib.accuracy import match
+from stages.lib.allocation import oracle, with_skipping
+from stages.lib.bound import (
+    KINDS,
+    STARTS,
+    TUPLES,
+    additive_loss,
+    additivity,
+    allocation_of,
+    bits_at,
+    bound,
+    coded_mirrored,
+    cost_of,
+    descend,
+    descend_points,
+    enumerate_tuples,
+    joint_loss,
+    random_tuples,
+)
+from stages.lib.bound_tables import describe, parts_of
+from stages.lib.coding import FeatureCodec, pyramid_shapes, write_coded
+from stages.lib.features import Features, write_features
+from stages.lib.learned import Coded
+from stages.lib.loss_rate import Curves
+from stages.lib.measuring import Choices, bits_of, evaluate, tabulate, truths
+from stages.lib.models import Sizes
+from stages.lib.params import SCALES, SKIPPED
+from stages.lib.planes import Packing
+
+N, K = 6, 4
+IDS = np.array([3, 4, 8, 10, 11, 30])
+PRICES = np.array([1e-5, 1e-3, 1e-2, 1e-1])
+
+
+@pytest.fixture
+def curves() -> Curves:
+    rng = np.random.default_rng(0)
+    loss = rng.gamma(0.5, size=(N, 5, 1)) * 0.5 ** np.arange(K) + rng.normal(0, 0.02, (N, 5, K))
+    skipped = np.abs(rng.normal(1, 0.5, (N, 5, 1 + K)))
+    bits = np.cumsum(rng.integers(8, 200, (N, 5, K)), 2).astype(float)
+    skipped[:, 3] = skipped[:, 3, :1]  # scale 3 has no coarser one
+    nothing = np.zeros((N, 5, K))
+    return Curves(IDS, nothing, loss, skipped, np.ones(N), bits, np.ones((N, 5)), nothing)
+
+
+def additive(curves: Curves):
+    """The joint loss of a world in which losses add up."""
+
+    def loss(image_ids: np.ndarray, phi: np.ndarray) -> np.ndarray:
+        rows = np.searchsorted(curves.image_ids, image_ids.ravel())
+        tuples = phi.reshape(-1, 5)
+        return additive_loss(curves.loss[rows], curves.loss_skipped[rows], tuples).reshape(image_ids.shape)
+
+    return loss
+
+
+def rugged(image_ids: np.ndarray, phi: np.ndarray) -> np.ndarray:
+    """A joint loss without any order, the same whenever it is asked."""
+    return np.sin(1000.0 * (phi * [1.0, 7, 31, 177, 1013]).sum(-1) + image_ids)
+
+
+def by_hand(curves: Curves, image_id: int, phi: tuple[int, ...]) -> float:
+    row = IDS.tolist().index(image_id)
+    coarser = {0: 1, 1: 2, 2: 3, 4: 3}
+    total = 0.0
+    for s, q in enumerate(phi):
+        skipped = curves.loss_skipped[row, s, 1 + phi[coarser[s]] if s in coarser else 0]
+        total += curves.loss[row, s, q] if q >= 0 else skipped
+    return total
+
+
+def bits_by_hand(curves: Curves, image_id: int, phi: tuple[int, ...]) -> float:
+    row = IDS.tolist().index(image_id)
+    return sum(curves.bits[row, s, q] for s, q in enumerate(phi) if q >= 0)
+
+
+def test_the_additive_loss_is_the_sum_over_the_tree(curves):
+    phi, rows = np.random.default_rng(1).integers(SKIPPED, K, (4 * N, 5)), np.repeat(np.arange(N), 4)
+    found = additive_loss(curves.loss[rows], curves.loss_skipped[rows], phi)
+    assert found == approx([by_hand(curves, i, tuple(p)) for i, p in zip(IDS[rows], phi, strict=True)])
+    assert (phi == SKIPPED).any() and len(np.unique(found)) == 4 * N
+
+
+def test_the_additive_loss_is_what_the_allocation_minimises(curves):
+    rows = np.arange(N)
+    for price in PRICES:
+        for phi in (oracle(curves.loss, curves.bits, price), with_skipping(*curves[2:4], curves.bits, price)):
+            cost = cost_of(IDS, np.full(N, price), curves, additive(curves))
+            least = cost(phi.astype(int)[:, None])[:, 0]
+            others = np.random.default_rng(2).integers(phi.min(), K, (N, 300, 5))
+            assert (least[:, None] <= cost(others) + 1e-12).all()
+    assert cost(others)[rows, 0] == approx(
+        [by_hand(curves, i, p) + price * bits_by_hand(curves, i, p) for i, p in zip(IDS, others[:, 0], strict=True)]
+    )
+
+
+def test_descent_never_raises_the_cost_and_ends_where_no_neighbour_is_cheaper_or_its_sweeps_do(curves):
+    price = np.full(N, 1e-3)
+    cost = cost_of(IDS, price, curves, rugged)
+    start = np.random.default_rng(3).integers(SKIPPED, K, (N, 5))
+    end = descend(start, np.arange(SKIPPED, K), cost)
+    before, after = cost(np.stack([start, end], 1)).T
+    assert (after <= before).all() and (after < before).any()
+
+
+def test_descent_stays_at_the_additive_optimum_of_additive_losses(curves):
+    for price in PRICES:
+        cost = cost_of(IDS, np.full(N, price), curves, additive(curves))
+        for start, lowest in (
+            (oracle(curves.loss, curves.bits, price), 0),
+            (with_skipping(curves.loss, curves.loss_skipped, curves.bits, price), SKIPPED),
+        ):
+            assert np.array_equal(descend(start.astype(int), np.arange(lowest, K), cost), start)
+
+
+def test_descent_finds_the_optimum_of_losses_that_are_convex_in_each_scale(curves):
+    convex = curves._replace(
+        loss=np.ones((N, 5, 1)) * [1.0, 0.5, 0.25, 0.125], bits=np.ones((N, 5, 1)) * [1.0, 2, 3, 4]
+    )
+    price = np.full(N, 0.3)
+    cost = cost_of(IDS, price, convex, additive(convex))
+    end = descend(np.full((N, 5), 3), np.arange(K), cost)
+    assert np.array_equal(end, np.full((N, 5), 1))  # two steps down, one in each sweep
+
+
+def test_descent_takes_only_what_is_offered(curves):
+    options = np.array([SKIPPED, 1, 3])
+    start = options[np.random.default_rng(4).integers(0, 3, (N, 5))]
+    end = descend(start, options, cost_of(IDS, np.full(N, 1e-3), curves, rugged))
+    assert np.isin(end, options).all() and not np.array_equal(start, end)
+
+
+def test_points_descend_each_at_its_own_price_and_only_some_may_skip(curves):
+    points = [(method, p) for method in ("oracle", "oracle_skip") for p in range(4)]
+    price = np.tile(PRICES, 2)
+    start = {int(i): np.full((8, 5), 1) for i in IDS}
+    found = descend_points(Choices(points, start), price, IDS.tolist(), curves, rugged)
+    for image_id, phi in found.items():
+        for p, (method, _) in enumerate(points):
+            lowest = SKIPPED if method == "oracle_skip" else 0
+            cost = cost_of(np.array([image_id]), price[[p]], curves, rugged)
+            assert np.array_equal(phi[[p]], descend(np.full((1, 5), 1), np.arange(lowest, K), cost))
+    everything = np.stack(list(found.values()))
+    assert everything[:, :4].min() == 0 and everything[:, 4:].min() == SKIPPED
+    assert all((phi == 1).all() for phi in start.values())  # what was given is left alone
+
+
+def test_no_tuple_is_cheaper_than_the_optimum(curves):
+    table = enumerate_tuples(IDS[1:3], PRICES, curves, rugged)
+    assert table[["image_id", "lambda_prime"]].drop_duplicates().shape == (6, 2) and len(table) == 6
+    assert (table["optimum"] <= table["descent"]).all() and (table["descent"] <= table["additive"]).all()
+    assert (table["optimum"] < table["additive"]).any()
+    for row in table.itertuples():
+        cost = cost_of(np.array([row.image_id]), np.array([row.lambda_prime]), curves, rugged)
+        tuples = np.array(np.meshgrid(*[[SKIPPED, 1, 3]] * 5)).reshape(5, -1).T[None]
+        assert row.optimum == cost(tuples).min()
+
+
+def test_the_additive_choice_is_the_optimum_of_additive_losses(curves):
+    table = enumerate_tuples(IDS, PRICES, curves, additive(curves))
+    assert table["additive"].to_numpy() == approx(table["optimum"].to_numpy(), abs=1e-12)
+    assert (table["descent"] <= table["additive"]).all()
+
+
+def test_random_tuples_are_of_their_kind():
+    phi = np.concatenate([random_tuples(np.random.default_rng(seed), 6) for seed in range(50)]).reshape(
+        50, 3, TUPLES, 5
+    )
+    independent, near, skipping = np.moveaxis(phi, 1, 0)
+    assert len(KINDS) == 3 and phi.max() == 5 and set(np.unique(independent)) == set(np.unique(near)) == set(range(6))
+    assert np.ptp(near, -1).max() <= 2 < np.ptp(independent, -1).max()
+    assert 0.25 < (skipping == SKIPPED).mean() < 0.35
+
+
+def test_additivity_of_a_batch_is_that_of_its_images(curves):
+    table = additivity(IDS, curves, additive(curves), rugged, 7)
+    assert len(table) == N * 3 * TUPLES and table["joint"].to_numpy() == approx(table["additive"].to_numpy())
+    alone = additivity(IDS[2:3], curves, additive(curves), rugged, 7)
+    assert table[table["image_id"] == 8].reset_index(drop=True).equals(alone)
+    other = additivity(IDS[2:3], curves, additive(curves), rugged, 8)
+    assert not other.equals(alone)
+    for row in table.sample(20, random_state=0).itertuples():
+        phi = tuple(getattr(row, f"phi_{scale}") for scale in SCALES)
+        assert row.bits == bits_by_hand(curves, row.image_id, phi)
+        assert row.additive == approx(by_hand(curves, row.image_id, phi))
+
+
+# ---- on images
+
+
+BOXES = {3: [[4.0, 4, 20, 20], [30, 30, 16, 24]], 4: [[10, 8, 30, 30]], 8: [[2, 2, 8, 8], [20, 20, 30, 12]], 10: []}
+PADDED, CHANNELS = (64, 64), 4
+LAMBDAS = {"q1": 3.0, "q2": 10.0, "q3": 60.0}
+
+
+@pytest.fixture(scope="module")
+def truth() -> measuring.Truths:
+    coco = COCO()
+    boxes = [(image_id, box) for image_id, found in BOXES.items() for box in found]
+    coco.dataset = {
+        "images": [{"id": image_id, "height": 64, "width": 64} for image_id in BOXES],
+        "categories": [{"id": 1, "name": "kite"}],
+        "annotations": [
+            {"id": n + 1, "image_id": i, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            for n, (i, box) in enumerate(boxes)
+        ],
+    }
+    with redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return truths({"detection": coco})
+
+
+def seen(image_id: int, blur: float) -> list[dict]:
+    """The objects of an image, each displaced by `blur`."""
+    return [
+        {"image_id": image_id, "category_id": 1, "score": 0.9, "bbox": [x + blur, y, width, height]}
+        for x, y, width, height in BOXES[image_id]
+    ]
+
+
+def test_the_joint_loss_is_the_utility_lost_and_each_variant_passes_once(truth):
+    passed = []
+
+    def passes(variants):
+        passed.extend(variants)
+        return {(i, phi): seen(i, 0.1 * sum(phi) - 0.5 * K) for i, phi in variants}  # phi K: in place
+
+    loss = joint_loss(passes, truth, "detection", K)
+    ids, phi = np.array([[3, 3], [8, 10]]), np.array([[[K] * 5, [0] * 5], [[0, 1, 2, 1, 0], [1] * 5]])
+    found = loss(ids, phi)
+    for i, chosen, value in zip(ids.ravel(), phi.reshape(-1, 5), found.ravel(), strict=True):
+        blurred, clean = (
+            match(truth.coco["detection"], seen(int(i), 0.1 * sum(p) - 0.5 * K), [int(i)], "detection").utility.item()
+            for p in (chosen, [K] * 5)
+        )
+        assert value == approx(clean - blurred)
+    assert found[0, 0] == 0 == found[1, 1] and found[0, 1] > 0 < found[1, 0]
+    assert np.array_equal(loss(ids, phi), found) and len(passed) == len(set(passed)) == 6
+
+
+class Rounding:
+    """The interface of Elic: a plane is rounded to as many steps as the level says, up or down by the row."""
+
+    def level(self, lmbda: float) -> int:
+        return int(lmbda)
+
+    def encode(self, planes: torch.Tensor, level: int) -> list[Coded]:
+        rows = torch.arange(planes.shape[2])[:, None] % 2
+        symbols = (planes * level + 0.8 * rows).floor().clip(0, level).byte()
+        strings = [zlib.compress(s.numpy().tobytes()) for s in symbols]
+        return [Coded(string, 1, 0.0, s / level) for string, s in zip(strings, symbols, strict=True)]
+
+    def decode(self, strings: list[bytes], level: int, shape: tuple[int, int, int]) -> torch.Tensor:
+        symbols = [np.frombuffer(zlib.decompress(string), dtype=np.uint8).reshape(shape) for string in strings]
+        return torch.from_numpy(np.stack(symbols)) / level
+
+
+class UpperHalf(Rounding):
+    """Loses all of a plane but its upper half."""
+
+    def encode(self, planes: torch.Tensor, level: int) -> list[Coded]:
+        kept = planes.clone()
+        kept[:, :, planes.shape[2] // 2 :] = 0
+        return [Coded(b"", 0, 0.0, plane) for plane in kept]
+
+
+def feature_codec(codec: Rounding) -> FeatureCodec:
+    packing = Packing("quilt", {s: torch.eye(CHANNELS) for s in SCALES}, {s: torch.zeros(CHANNELS) for s in SCALES})
+    return FeatureCodec(codec, packing, CHANNELS)
+
+
+def test_mirrored_coding_loses_the_other_half_and_turns_the_rest_back():
+    torch.manual_seed(0)
+    clean = {s: torch.rand(2, CHANNELS, 8, 6) + 1 for s in SCALES}
+    for scale, maps in coded_mirrored(clean, 3, feature_codec(UpperHalf())).items():
+        assert torch.allclose(maps[:, :, 4:], clean[scale][:, :, 4:], atol=1e-2)
+        assert (maps[:, :, :4] - clean[scale][:, :, :4]).abs().mean() > 0.2
+
+
+@pytest.fixture
+def world(tmp_path, truth, monkeypatch) -> SimpleNamespace:
+    """Four coded images, a detector that sees the worse the more a pyramid differs, and allocations of three points."""
+    torch.manual_seed(0)
+    clean = {i: {s: torch.randn(1, CHANNELS, *shape) for s, shape in pyramid_shapes(PADDED).items()} for i in BOXES}
+    items = [("test", i, pyramid, Sizes((64, 64 + i), PADDED, PADDED)) for i, pyramid in clean.items()]
+    write_features(tmp_path / "f.h5", items, "float32")
+    features, codec = Features(tmp_path / "f.h5", "test"), feature_codec(Rounding())
+    for quality, lmbda in LAMBDAS.items():
+        write_coded(tmp_path / f"{quality}.h5", tmp_path / f"{quality}.csv", [features], codec, lmbda)
+
+    def detect(detector, pyramid, sizes, tasks, person_ids):
+        found = []
+        for k, size in enumerate(sizes):
+            image_id = size.original[1] - 64
+            blur = sum((pyramid[s][k] - clean[image_id][s][0]).abs().mean().item() for s in SCALES)
+            results = seen(image_id, 2 * blur + 30 * pyramid["2"][k].mean().item() ** 2)
+            boxes = torch.tensor([r["bbox"] for r in results]).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            found.append(
+                {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=int), "scores": torch.full((len(boxes),), 0.9)}
+            )
+        return found
+
+    monkeypatch.setattr(measuring, "detect", detect)
+    monkeypatch.setattr(module, "ENUMERATED", 2)
+    rng = np.random.default_rng(0)
+    bits = np.stack(list(bits_of(tmp_path, list(LAMBDAS), features).values())).astype(float)
+    loss, skipped, nothing = rng.random((4, 5, 3)) * [1, 0.5, 0.2], rng.random((4, 5, 4)), np.zeros((4, 5, 3))
+    labelled = np.array([1, 1, 1, np.nan])
+    curves = Curves(np.array(list(BOXES)), nothing, loss, skipped, labelled, bits, np.ones((4, 5)), nothing)
+    points = [(m, p) for m in ("uniform", "static", "mfiba", "oracle", "oracle_skip") for p in range(3)]
+    phi = {i: rng.integers(0, 3, (15, 5)) for i in BOXES}
+    allocation = allocation_of(points, np.tile([1e-2, 1e-4, 1e-6], 5), phi)
+    predictor = lambda scale, coarser: torch.zeros(  # noqa: E731
+        len(coarser), CHANNELS, *pyramid_shapes(PADDED)[scale]
+    )
+    return SimpleNamespace(
+        args=(None, features, tmp_path),
+        codec=(codec, predictor),
+        allocation=allocation,
+        curves=curves,
+        names={"task": "detection", "codec": "elic"},
+    )
+
+
+def run(world, truth):
+    return bound(*world.args, LAMBDAS, *world.codec, world.allocation, world.curves, truth, world.names, 5, 0)
+
+
+def test_bounds_are_evaluated_as_any_allocation_and_cost_no_more_than_their_starts(world, truth):
+    found = run(world, truth)
+    methods = found.allocation["method"].unique().tolist()
+    assert methods == ["uniform", "mfiba", "oracle", "oracle_skip", "oracle_joint", "oracle_skip_joint"]
+    given = world.allocation[world.allocation["method"].isin(methods)]
+    keys = ["method", "point", "image_id", "scale"]
+    pd.testing.assert_frame_equal(
+        found.allocation.merge(given[keys]), given.reset_index(drop=True)[list(found.allocation)]
+    )
+
+    features, coded = world.args[1:]
+    evaluated = evaluate(*world.args, list(LAMBDAS), *world.codec, {"detection": found.allocation}, truth)
+    choices, matches = evaluated["detection"]
+    bits = bits_of(coded, list(LAMBDAS), features)
+    expected = tabulate(choices, matches, bits, features, world.names, 5, 0)
+    for mine, other in zip(found.evaluation, expected, strict=True):
+        pd.testing.assert_frame_equal(mine, other)
+
+    price = found.allocation.groupby(["method", "point"])["lambda_prime"].first()
+    saved = []
+    for start, end in STARTS.items():
+        for p in range(3):
+            before, after = (
+                -matches[name, p].utility
+                + price[name, p]
+                * bits_at(world.curves.bits, np.stack([choices.phi[i][choices.points.index((name, p))] for i in BOXES]))
+                for name in (start, end)
+            )
+            assert (after <= before + 1e-9).all()
+            saved.append((before - after).sum())
+    assert min(saved) > 0
+
+
+def test_what_bound_finds_is_the_same_again_and_differs_where_coding_errors_do(world, truth):
+    one, other = run(world, truth), run(world, truth)
+    for a, b in zip(
+        (one.allocation, *one[1], *one[2], *one[3:]), (other.allocation, *other[1], *other[2], *other[3:]), strict=True
+    ):
+        pd.testing.assert_frame_equal(a, b)
+    assert one.evaluation.points["bits_per_image"].equals(one.mirrored.points["bits_per_image"])
+    accuracy, mirrored = one.evaluation.points["accuracy"], one.mirrored.points["accuracy"]
+    assert accuracy[0] == mirrored[0] and not accuracy.equals(mirrored)  # uncoded, all
+    assert set(one.additivity["image_id"]) == {3, 4, 8} and set(one.enumeration["image_id"]) == {3, 8}  # labelled
+    assert not one.additivity["joint"].equals(one.additivity["mirrored"])
+
+
+# ---- tables
+
+
+def tuples_of(joint, additive, mirrored, images: int) -> pd.DataFrame:
+    n = len(joint)
+    frame = {"image_id": np.arange(n) % images, "kind": np.tile(KINDS, n)[:n], "bits": np.arange(n) * 10.0}
+    return pd.DataFrame(frame | {"joint": joint, "additive": additive, "mirrored": mirrored})
+
+
+def test_a_line_is_explained_whatever_its_slope_but_interacts_unless_it_is_the_sum():
+    x = np.random.default_rng(0).random(300)
+    same, half = (describe(tuples_of(a * x + b, x, x, 10)) for a, b in ((1, 0), (0.5, 2)))
+    for found in (same, half):
+        assert found[5:9] == approx((1, 1, 1, 1))  # r2, in image, mirrored, Spearman
+    assert (same.slope, half.slope) == approx((1, 0.5)) and (same.interaction, half.interaction) == approx((0, 1))
+
+
+def test_what_differs_between_images_only_is_not_explained_within_them():
+    rng = np.random.default_rng(1)
+    noise, other = rng.random((2, 3000))
+    of_image = 10.0 * (np.arange(3000) % 10)
+    found = describe(tuples_of(of_image + noise, of_image + other, of_image + noise, 10))
+    assert found.r2 > 0.99 and found.r2_within < 0.01 and found.r2_mirrored == approx(1)
+
+
+def test_thirds_are_by_rate_and_of_tuples_that_send_all_scales():
+    x = np.random.default_rng(0).random(300)
+    low, middle, high, skipping, everything = parts_of(tuples_of(x, x, x, 10)).values()
+    assert low["bits"].max() < middle["bits"].min() and middle["bits"].max() < high["bits"].min()
+    assert len(low) + len(middle) + len(high) + len(skipping) == len(everything) == 300
+    assert set(skipping["kind"]) == {"skipping"} and "skipping" not in set(low["kind"]) | set(high["kind"])
