@@ -24,6 +24,15 @@ RD_POINTS = [
 RESAMPLES = ["method", "point", "resample", "bits_per_image", "accuracy"]
 
 
+STUDY = {  # file of `ablate` -> its columns
+    "points": RD_POINTS,
+    "bootstrap": RESAMPLES,
+    "rows": ["part", "method", "description", "sees_labels"],
+    "sizes": ["size", "n_images", "area_low", "area_high", "quantity", "name", "value", "ci_low", "ci_high"],
+    "rate_control": ["method", "bits", "asked", "reached", "error"],
+}
+
+
 class Cell(NamedTuple):
     """What the stages before know of one task, model and codec."""
 
@@ -57,14 +66,20 @@ def main(data: Path, reports: Path) -> None:
     feature_bd = tables.feature_bd_rates({key: rate_distortion for key, (rate_distortion, _) in coders.items()})
     write_csv(reports / "codec_feature_bd_rate.csv", feature_bd)
     write_json(reports / "metrics.json", tables.metrics(points, bd))
+    studies = {name: read_study(data / "evaluations/ablations" / name) for name in params["studies"]}
+    taken_apart = [tables.ablation(study["points"], study["bootstrap"], study["rows"]) for study in studies.values()]
+    ablations = pd.concat(taken_apart or [pd.DataFrame(columns=tables.ABLATION)])
+    write_csv(reports / "ablation.csv", ablations)
+    sizes, rates = ({name: study[table] for name, study in studies.items()} for table in ("sizes", "rate_control"))
     fits, mfip = ({key: getattr(cell, name) for key, cell in cells.items()} for name in ("fit", "mfip"))
     for name, found in (
         ("rd_points", tables.rd_points_tables(points)),
         ("bd_rate", tables.bd_rate_tables(points, bd, paired_bd, codec_bd, fits, mfip)),
+        ("ablation", tables.ablation_tables(ablations, sizes, rates)),
     ):
         write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
         write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))
-    draw(cells, coders, reports / "figures")
+    draw(cells, coders, sizes, reports / "figures")
 
 
 def read_cell(data: Path, model: str, codec: str, task: str, quality: str) -> Cell:
@@ -82,6 +97,13 @@ def read_cell(data: Path, model: str, codec: str, task: str, quality: str) -> Ce
     return Cell(points, resamples, fit, weights, mfip, pixels.reindex(SCALES).to_dict())
 
 
+def read_study(folder: Path) -> dict[str, pd.DataFrame]:
+    """What `ablate` wrote of one cell: the tables of STUDY."""
+    study = {name: _read(folder / f"{name}.csv", columns) for name, columns in STUDY.items()}
+    tables.check_cell(study["points"], study["bootstrap"], str(folder))
+    return study
+
+
 def read_coder(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The codec's folder of `train_codec` -> rate_distortion.csv and loss.csv."""
     rate_distortion = _read(folder / "rate_distortion.csv", ["coder", "scale", "bpp_plane", "psnr"])
@@ -91,6 +113,7 @@ def read_coder(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 def draw(
     cells: dict[tuple[str, str], Cell],
     coders: dict[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]],
+    sizes: dict[str, pd.DataFrame],
     folder: Path,
 ) -> None:
     figures.method_figure(folder / "method")
@@ -100,6 +123,9 @@ def draw(
         figures.importance_figure(folder / f"importance_{task}_{codec}", task, codec, cell.fit, cell.weights)
     for (model, codec), (rate_distortion, loss) in coders.items():
         figures.codec_figure(folder / f"codec_{model}_{codec}", model, codec, rate_distortion, loss)
+
+    for study, table in sizes.items():
+        figures.size_figure(folder / f"sizes_{study}", study, table)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -185,6 +185,39 @@ def importance_figure(stem: Path, task: str, codec: str, fit: dict, weights: pd.
         figure.suptitle(f"{task.capitalize()}, {codec.upper()}: importance of the scales")
 
 
+def size_figure(stem: Path, study: str, sizes: pd.DataFrame) -> None:
+    """sizes.csv of one study -> BD-rates and worth of the scales in images of small, medium and large objects."""
+    groups = list(sizes["size"].unique())
+    with saved(stem, 10.4, 3.6) as figure:
+        saving, *scales = figure.subplots(1, 3)
+        found = sizes[sizes["quantity"] == "bd_rate"]
+        methods = {method: METHODS.get(method, OTHER_METHOD)[0] for method in found["name"].unique()}
+        grouped_bars(saving, found.pivot(index="size", columns="name", values="value").loc[groups], methods)
+        saving.axhline(0, color=GREY, linewidth=0.8)
+        saving.set_title(f"BD-rate against {ANCHOR}, %")
+        saving.legend(loc="lower right", fontsize=8)
+        shades = dict(zip(groups, (SKY, BLUE, BLACK), strict=False))
+        titles = ("weight", "measured importance $w_s$"), ("sensitivity", "predicted sensitivity $k_s$")
+        for axes, (quantity, title) in zip(scales, titles, strict=True):
+            found = sizes[sizes["quantity"] == quantity]
+            grouped_bars(axes, found.pivot(index="name", columns="size", values="value").loc[list(SCALES)], shades)
+            axes.set_xlabel("scale")
+            axes.set_title(title)
+        saving.set_xlabel("objects")
+        scales[0].legend(title="objects", fontsize=8)
+        figure.suptitle(f"{study}: images of test by the size of their objects")
+
+
+def grouped_bars(axes: Axes, table: pd.DataFrame, colours: dict[str, str]) -> None:
+    """A group of bars for each row, a bar for each column that has a colour."""
+    width = 0.8 / len(colours)
+    place = np.arange(len(table)) - 0.4 + width / 2
+    for number, (name, colour) in enumerate(colours.items()):
+        axes.bar(place + number * width, table[name], width, color=colour, label=name)
+    axes.set_xticks(np.arange(len(table)), table.index)
+    axes.grid(axis="x", visible=False)
+
+
 def scale_panels(figure: Figure) -> tuple[dict[str, Axes], Axes]:
     """2 x 3 panels: one for each scale, and the last."""
     *panels, last = figure.subplots(2, 3).flat

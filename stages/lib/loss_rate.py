@@ -124,12 +124,16 @@ def mean_loss(loss: np.ndarray) -> np.ndarray:
 
 
 def sensitivity_labels(loss: np.ndarray) -> np.ndarray:
-    """Losses [n, 5, K] -> sensitivities [n, 5]: how many times the mean loss an image loses, for each scale.
+    """Losses [n, 5, K] -> sensitivities [n, 5]: how many times the mean loss an image loses, for each scale."""
+    return sensitivity_to(mean_loss(loss), loss)
 
-    k_s = sum_q loss[s, q] * mean[s, q] / sum_q mean[s, q]^2, the least squares of loss ~ k * `mean_loss`; 1 for a scale
+
+def sensitivity_to(mean: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """`mean_loss` [5, K] of some images, losses [n, 5, K] of others -> sensitivities [n, 5] of these.
+
+    k_s = sum_q loss[s, q] * mean[s, q] / sum_q mean[s, q]^2, the least squares of loss ~ k * mean; 1 for a scale
     without any mean loss.
     """
-    mean = mean_loss(loss)
     power = (mean**2).sum(1)
     return np.where(power > 0, (loss * mean).sum(2) / np.where(power > 0, power, 1), 1.0)
 

@@ -192,6 +192,7 @@ SCHEMA = {
     "mfip": {"precode": TEXT, "channels": whole(1), "epochs": whole(1), "lr": POSITIVE, "validation": SHARE},
     "report": {"bootstrap": whole(1)},
     "cells": Named(NAME, {"task": TEXT, "model": TEXT, "codec": TEXT}),
+    "studies": Check(lambda value: isinstance(value, dict), "a mapping of some of the cells, {} for none"),
 }
 
 
@@ -233,6 +234,9 @@ def check_params(params: Any) -> None:
     _check_networks(params["codecs"])
     _refer(params, "lambdas", params["mfip"]["precode"], "mfip.precode")
     _check_cells(params)
+    for name, cell in params["studies"].items():
+        _refer(params, "cells", name, f"studies.{name}")
+        _need(cell == params["cells"][name], f"studies.{name}", cell, f"it must be as in cells: *{name}")
 
 
 def _check_networks(codecs: dict[str, Any]) -> None:

@@ -44,6 +44,18 @@ BD_RATE = [
 ]
 HERO = "mfiba"
 NOT_AVAILABLE = "n/a"
+ABLATION = [
+    "task",
+    "codec",
+    "part",
+    "method",
+    "description",
+    "sees_labels",
+    *BD_RATE[3:],
+    "difference",
+    "difference_low",
+    "difference_high",
+]
 RATE_ACCURACY = ["bits_per_image", "accuracy"]
 RESAMPLES_FAILED = "resamples_failed"
 NO_BD_RATE = "no BD-rate: "
@@ -63,6 +75,7 @@ class Table(NamedTuple):
     headers: list[str]
     rows: list[list[str]]
     notes: list[str]  # below the table; cells refer to the n-th as (n)
+    texts: int = 1  # the first columns, which hold text
 
 
 def resampled(resamples: pd.DataFrame, method: str) -> tuple[np.ndarray, np.ndarray]:
@@ -132,6 +145,17 @@ def paired(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
             low, high, _ = interval_of(difference)
             rows.append((task, codec, HERO, other, found[HERO].pchip - found[other].pchip, low, high))
     return pd.DataFrame(rows, columns=["task", "codec", "method", "other", "difference", "ci_low", "ci_high"])
+
+
+def ablation(points: pd.DataFrame, resamples: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """points.csv, bootstrap.csv and rows.csv of one study -> its rows of ablation.csv.
+
+    Each variant's BD-rate as in `bd_rates`, and that of `mfiba` minus it, with interval, as in `paired`.
+    """
+    against = paired(points, resamples)[["other", "difference", "ci_low", "ci_high"]]
+    against = against.set_axis(["method", "difference", "difference_low", "difference_high"], axis=1)
+    found = bd_rates(points, resamples).merge(against, how="left", on="method")
+    return rows.merge(found, on="method")[ABLATION]
 
 
 def codec_bd_rates(points: pd.DataFrame, resamples: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
@@ -222,6 +246,21 @@ def bd_rate_tables(
         _mfip_table(mfip),
         _sensitivity_table(mfip),
         _paper_table(),
+    ]
+
+
+def ablation_tables(
+    ablations: pd.DataFrame, sizes: dict[str, pd.DataFrame], rates: dict[str, pd.DataFrame]
+) -> list[Table]:
+    """ablation.csv, and of each study sizes.csv and rate_control.csv -> what each part of the method buys."""
+    return [
+        *(_ablation_table(*cell, rows) for cell, rows in ablations.groupby(["task", "codec"], sort=False)),
+        *(
+            _sizes_table(study, quantity, rows)
+            for study, table in sizes.items()
+            for quantity, rows in table.groupby("quantity", sort=False)
+        ),
+        *(_rate_control_table(study, table) for study, table in rates.items()),
     ]
 
 
@@ -339,7 +378,7 @@ def _bd_cell(row: pd.Series, notes: dict[str, int]) -> str:
         mark = f" ({notes.setdefault(note, len(notes) + 1)})"
     if not available:
         return NOT_AVAILABLE + mark
-    return f"{row['bd_rate_pchip']:.1f} [{_number(row['ci_low'], '.1f')}, {_number(row['ci_high'], '.1f')}]{mark}"
+    return _bracketed(row["bd_rate_pchip"], row["ci_low"], row["ci_high"]) + mark
 
 
 def _context_table(points: pd.DataFrame) -> Table:
@@ -369,11 +408,60 @@ def _paired_table(codec: str, paired_bd: pd.DataFrame) -> Table:
     for other in paired_bd["other"].unique():
         found = paired_bd[paired_bd["other"] == other].set_index("task")
         numbers = [[found.loc[task, name] for name in ("difference", "ci_low", "ci_high")] for task in tasks]
-        cells = ["{} [{}, {}]".format(*(_number(value, ".1f") for value in of_task)) for of_task in numbers]
-        rows.append([_named(other), *cells])
+        rows.append([_named(other), *(_bracketed(*of_task) for of_task in numbers)])
     title = f"BD-rate of {HERO} minus that of the others, codec {codec}: percentage points, negative: {HERO} saves more"
     note = "In brackets the 95 % interval of the difference, both resampled with the same images."
     return Table(title, [f"{HERO} against", *tasks], rows, [f"{note} {_label_aware_note()}"])
+
+
+def _ablation_table(task: str, codec: str, ablations: pd.DataFrame) -> Table:
+    rows, notes = [], {}
+    for part, of_part in ablations.groupby("part", sort=False):
+        rows.append([f"{part}:", "", "", ""])
+        for _, row in of_part.iterrows():
+            name = f"{row['method']} *" if row["sees_labels"] else row["method"]
+            difference = _bracketed(*row[["difference", "difference_low", "difference_high"]])
+            itself = row["method"] == HERO
+            rows.append([name, row["description"], _bd_cell(row, notes), "" if itself else difference])
+    title = f"What each part buys, {task}, {codec}: BD-rate against {ANCHOR} in percent, and that of {HERO} minus it"
+    doubtful = [f"({number}) Doubtful: {note}" for note, number in notes.items()]
+    note = "In brackets 95 % intervals of a bootstrap over the images; all rows are resampled with the same ones."
+    headers = ["variant", "what it is", "BD-rate", f"{HERO} minus it"]
+    return Table(title, headers, rows, [*doubtful, f"{note} {_label_aware_note()}"], texts=2)
+
+
+SIZE_TITLES = {  # quantity of sizes.csv -> title
+    "bd_rate": f"BD-rate against {ANCHOR} on these images alone, percent",
+    "weight": "mean measured weight of the scales",
+    "sensitivity": "mean predicted sensitivity of the scales",
+    "measured_sensitivity": "mean measured sensitivity of the scales",
+}
+
+
+def _sizes_table(study: str, quantity: str, rows: pd.DataFrame) -> Table:
+    names = list(rows["name"].unique())
+    lines = []
+    for size, of_size in rows.groupby("size", sort=False):
+        first = of_size.iloc[0]
+        areas = f"{first['area_low']:.1%} to {first['area_high']:.1%}"
+        by_name = of_size.set_index("name")[["value", "ci_low", "ci_high"]].reindex(names)
+        cells = [
+            _bracketed(*numbers) if quantity == "bd_rate" else _number(numbers[0], ".2f")
+            for numbers in by_name.to_numpy()
+        ]
+        lines.append([size, str(first["n_images"]), areas, *cells])
+    title = f"Images by the size of their objects, {study}: {SIZE_TITLES[quantity]}"
+    note = "Terciles of the images by the median area of their objects, as a share of the image."
+    return Table(title, ["objects", "images", "median area", *names], lines, [note])
+
+
+def _rate_control_table(study: str, rates: pd.DataFrame) -> Table:
+    columns = list(dict.fromkeys(zip(rates["method"], rates["bits"], strict=True)))
+    found = {(r.asked, r.method, r.bits): f"{r.reached:,.0f} ({r.error:+.1%})" for r in rates.itertuples()}
+    rows = [[f"{asked:,.0f}", *(found[asked, *column] for column in columns)] for asked in rates["asked"].unique()]
+    title = f"Rate control, {study}: asked mean bits per image, and those reached with one price of a bit for all"
+    note = "The price is found on the bits predicted from one precoding, all that a sender knows, or on the real ones."
+    return Table(title, ["asked", *(f"{method}, {bits} bits" for method, bits in columns)], rows, [note])
 
 
 def _fit_table(fits: dict[tuple[str, str], dict]) -> Table:
@@ -456,6 +544,11 @@ def _label_aware_note() -> str:
     return "* uses the labels of the evaluated images: no sender can do that."
 
 
+def _bracketed(*numbers: float) -> str:
+    """Value, low and high end of its interval."""
+    return "{} [{}, {}]".format(*(_number(value, ".1f") for value in numbers))
+
+
 def _number(value: float, spec: str) -> str:
     return NOT_AVAILABLE if np.isnan(value) else format(value, spec)
 
@@ -466,7 +559,7 @@ def _or_null(value: float) -> float | None:
 
 
 def _align(table: Table) -> list[str]:
-    return ["left"] + ["right"] * (len(table.headers) - 1)
+    return ["left"] * table.texts + ["right"] * (len(table.headers) - table.texts)
 
 
 def _tex(text: str) -> str:
