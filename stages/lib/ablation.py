@@ -3,12 +3,10 @@
 Every variant is one `Choose` (allocation): lambda' -> phi [n, 5], so that all are evaluated by the same code.
 """
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import curve_fit
 
 from stages.lib.allocation import (
     Choose,
@@ -27,12 +25,11 @@ from stages.lib.allocation import (
     upstream,
     with_skipping,
 )
-from stages.lib.loss_rate import Curves, mean_loss, predicted_bits, sensitivity_to
+from stages.lib.loss_rate import Curves, mean_loss, predicted_bits, sensitivity_to, solve_power
 from stages.lib.params import SCALES
 
 POOL = SCALES.index("pool")
 IMAGE_NOISE_FLOOR = 0.001  # upstream, of its fits to one image: smaller drops count as none
-LEAST_A, LEAST_SLOPE = 1e-10, 1e-8  # of these fits; the authors bound a and b by 1e-10 and 0
 
 ROWS = {  # part of the method -> variant -> what it is
     "fixed vector": {
@@ -181,23 +178,17 @@ def upstream_image(test: Curves) -> Choose:
     """`upstream` with a_ns, b_ns of the image's own drops, drop ~ a_ns * bpp_plane**b_ns, in place of weights.
 
     The authors' image-specific option; what a drop is worth is in a_ns, so all weights are 1. Images without label or
-    with clean AP <= 0 take the lowest quality.
+    with clean AP <= 0 take the lowest quality. b is bounded as in `fit_power`; the authors' b <= 0 need not converge.
     """
-    a, b = np.full((2, *test.pixels.shape), LEAST_A)
-    b -= 1.0
+    drop = np.where(test.drop < IMAGE_NOISE_FLOOR, 0.0, test.drop)
     usable = test.clean > 0
-    for n, s in np.argwhere(np.broadcast_to(usable[:, None], a.shape)):
-        drop = np.where(test.drop[n, s] < IMAGE_NOISE_FLOOR, 0, test.drop[n, s])
-        if not drop.any():
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a covariance that cannot be estimated
-            bounds = ([LEAST_A, -np.inf], [np.inf, 0])
-            (a[n, s], b[n, s]), _ = curve_fit(
-                lambda rate, a, b: a * rate**b, test.bpp_plane[n, s], drop, (drop.max(), -1), bounds=bounds
-            )
-    weights = np.where(usable[:, None], 1.0, np.nan)
-    return lambda lam: upstream(weights, a, np.minimum(b, -LEAST_SLOPE), test.bpp_plane, lam)
+    a, b = np.ones(test.pixels.shape), -np.ones(test.pixels.shape)
+    one = np.ones(1)
+    for n, s in np.ndindex(a.shape):
+        if usable[n]:
+            a[n, s], b[n, s], _ = solve_power(one, drop[n, s, None], test.bpp_plane[n, s, None])
+    weights = np.where(usable[:, None], np.ones(len(SCALES)), np.nan)
+    return lambda lam: upstream(weights, a, b, test.bpp_plane, lam)
 
 
 def priced(loss: np.ndarray, bits: np.ndarray) -> Choose:
