@@ -27,7 +27,7 @@ RESAMPLES = ["method", "point", "resample", "bits_per_image", "accuracy"]
 STUDY = {  # file of `ablate` -> its columns
     "points": RD_POINTS,
     "bootstrap": RESAMPLES,
-    "rows": ["part", "method", "description", "sees_labels"],
+    "rows": ["part", "method", "description", "sees_labels", "reference"],
     "sizes": ["size", "n_images", "area_low", "area_high", "quantity", "name", "value", "ci_low", "ci_high"],
     "rate_control": ["method", "bits", "asked", "reached", "error"],
 }

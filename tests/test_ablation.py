@@ -159,7 +159,7 @@ def test_relative_is_one_on_the_average_of_fit():
 
 
 def test_pool_is_always_skipped_or_never(methods, test, model, importance):
-    pool, fine = chosen(methods["pool_skip"]), chosen(methods["fine_skip"])
+    pool, fine = chosen(methods["pool_skip"]), chosen(methods["coded_pool_skip"])
     others = np.arange(5) != POOL
     assert (pool[..., POOL] == SKIPPED).all() and (pool[..., others] != SKIPPED).all()
     assert (fine[..., POOL] != SKIPPED).all() and (fine[..., others] == SKIPPED).any()
@@ -359,6 +359,8 @@ def test_the_report_says_of_each_variant_what_it_is_saves_and_lacks(tmp_path, te
     found = table.set_index("method")
     assert found.loc["bits_mean", "bd_rate_pchip"] == approx(-30) and found.loc["mfiba", "bd_rate_pchip"] == approx(-50)
     assert found.loc["bits_mean", "difference"] == approx(-20) and np.isnan(found.loc["mfiba", "difference"])
+    assert found.loc["pool_skip", "difference"] == approx(0)  # of mfiba_skip, which is no better
+    assert found.loc["mfiba_skip", "difference"] == approx(-20)
     rates = rate_control(test.bits, model, np.ones(test.pixels.shape), PRECODE, 6, 0)
     written = tables.ablation_tables(table, {"detection-elic": size_rows()}, {"detection-elic": rates})
     markdown, latex = tables.markdown(written), tables.latex(written, "ablation")

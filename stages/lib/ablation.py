@@ -29,6 +29,7 @@ from stages.lib.loss_rate import Curves, mean_loss, predicted_bits, sensitivity_
 from stages.lib.params import SCALES
 
 POOL = SCALES.index("pool")
+WHOLE, SKIPPING = "mfiba", "mfiba_skip"
 IMAGE_NOISE_FLOOR = 0.001  # upstream, of its fits to one image: smaller drops count as none
 
 ROWS = {  # part of the method -> variant -> what it is
@@ -38,7 +39,7 @@ ROWS = {  # part of the method -> variant -> what it is
         "static_skip": "the same, where a scale may be skipped",
     },
     "weights of the closed form": {
-        "closed_form_equal": "1/5 for all: only the pixels and the curves of the scales differ",
+        "closed_form_equal": "1/5 for all: only pixels and curves of the scales differ",
         "closed_form_random": "drawn from a Dirichlet distribution, for each image",
         "closed_form_mean": "the mean label of fit",
         "mfiba_closed_form": "as MFIP predicts them",
@@ -48,24 +49,24 @@ ROWS = {  # part of the method -> variant -> what it is
         "sensitivity_permuted": "that of another image",
         "sensitivity_bits": "bits of the precoded scale over their mean on fit",
         "sensitivity_variance": "spatial variance of the features over its mean on fit",
-        "sensitivity_gradient": "norm of the gradient of the detection scores over its mean on fit",
+        "sensitivity_gradient": "gradient of the detection scores, norm over its mean on fit",
         "sensitivity_channels": "predicted from the channels' statistics alone",
         "sensitivity_objectness": "predicted from objectness alone",
         "sensitivity_ap": "predicted, with AP drops as labels and as the loss",
         "mfiba": "predicted from both, with smooth losses: the method",
         "sensitivity_measured": "measured on the image: a perfect predictor",
-        "oracle": "the image's own measured losses instead of a mean times a sensitivity",
+        "oracle": "the image's own losses as measured, no model of them",
     },
     "bits of the qualities": {
         "bits_mean": "the mean of fit: nothing is precoded",
-        "bits_real": "real: the image is precoded at every quality (mfiba: at one)",
+        "bits_real": "real: precoded at every quality (mfiba: at one)",
     },
     "skipping": {
-        "pool_skip": "mfiba with pool derived from scale 3 in all images, nothing else skipped",
-        "fine_skip": "mfiba that may skip every scale but pool",
-        "mfiba_skip": "mfiba that may skip every scale",
+        "pool_skip": "mfiba, pool always derived from scale 3, nothing else skipped",
+        "coded_pool_skip": "mfiba, every scale but pool may be skipped",
+        "mfiba_skip": "mfiba, every scale may be skipped",
         "measured_skip": "the same with measured sensitivities",
-        "oracle_skip": "the same with the image's own measured losses",
+        "oracle_skip": "the same with the image's own losses as measured",
     },
     "the authors' algorithm": {
         "upstream_predicted": "with MFIP's weights",
@@ -91,9 +92,13 @@ class Senses(NamedTuple):
 
 
 def described_rows() -> pd.DataFrame:
-    """`ROWS` as a table: part, method, description, sees_labels."""
-    rows = [(part, name, text, name in SEES_LABELS) for part, names in ROWS.items() for name, text in names.items()]
-    return pd.DataFrame(rows, columns=["part", "method", "description", "sees_labels"])
+    """`ROWS` as a table: part, method, description, sees_labels, reference: the whole method it is compared with."""
+    rows = [
+        (part, name, text, name in SEES_LABELS, SKIPPING if name.endswith("_skip") and name != SKIPPING else WHOLE)
+        for part, names in ROWS.items()
+        for name, text in names.items()
+    ]
+    return pd.DataFrame(rows, columns=["part", "method", "description", "sees_labels", "reference"])
 
 
 def variants(
@@ -169,7 +174,7 @@ def skipping(test: Curves, model: dict, sensitivity: np.ndarray, precode: int) -
     skipped_pool, skipped_others = np.where(is_pool, skipped, np.inf), np.where(is_pool, np.inf, skipped)
     return {
         "pool_skip": lambda lambda_prime: with_skipping(sent, skipped_pool, bits, lambda_prime),
-        "fine_skip": lambda lambda_prime: with_skipping(loss, skipped_others, bits, lambda_prime),
+        "coded_pool_skip": lambda lambda_prime: with_skipping(loss, skipped_others, bits, lambda_prime),
         "measured_skip": mfiba_skip(measured(test, column(model, "mean", "loss")), precoded, model, precode),
     }
 

@@ -74,9 +74,9 @@ def size_table(
             continue
         of_size = {point: of_images(matches[point], keep) for point in [(UNCODED, 0), *part.points]}
         about = size, int(keep.sum()), areas[keep].min(), areas[keep].max()
-        found = bd_rates(*tabulate(part, of_size, bits, features, names, resamples, seed))
-        for row in found.itertuples():
-            rows.append((*about, "bd_rate", row.method, row.bd_rate_pchip, row.ci_low, row.ci_high))
+        found = bd_rates(*tabulate(part, of_size, bits, features, names, resamples, seed)).set_index("method")
+        for method, *numbers in found.loc[list(METHODS), ["bd_rate_pchip", "ci_low", "ci_high"]].itertuples():
+            rows.append((*about, "bd_rate", method, *numbers))
         for quantity, values in importance.items():
             for scale, value in zip(SCALES, np.nanmean(values[keep], 0), strict=True):
                 rows.append((*about, quantity, scale, value, np.nan, np.nan))

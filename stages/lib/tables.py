@@ -52,6 +52,7 @@ ABLATION = [
     "description",
     "sees_labels",
     *BD_RATE[3:],
+    "reference",
     "difference",
     "difference_low",
     "difference_high",
@@ -123,12 +124,12 @@ def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = A
     return pd.DataFrame(rows, columns=BD_RATE)
 
 
-def paired(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
-    """points.csv and bootstrap.csv of one cell -> BD-rate of `mfiba` minus that of every other method, one row each.
+def paired(points: pd.DataFrame, resamples: pd.DataFrame, hero: str = HERO) -> pd.DataFrame:
+    """points.csv and bootstrap.csv of one cell -> BD-rate of the hero minus that of every other method, one row each.
 
-    Percentage points, negative: `mfiba` saves more. Both BD-rates of a resample come from the same images; the interval
-    is that of their difference, NaN where more than half of the resamples have none. Columns task, codec, method,
-    other, difference, ci_low, ci_high.
+    Percentage points, negative: the hero saves more. Both BD-rates of a resample come from the same images; the
+    interval is that of their difference, NaN where more than half of the resamples have none. Columns task, codec,
+    method, other, difference, ci_low, ci_high.
     """
     names = [m for m in points["method"].unique() if m not in (ANCHOR, UNCODED)]
     anchor = resampled(resamples, ANCHOR)
@@ -139,23 +140,24 @@ def paired(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
     }
     task, codec = points[["task", "codec"]].iloc[0]
     rows = []
-    for other in names if HERO in names else ():
-        if other != HERO:
-            difference = deltas[HERO] - deltas[other]
+    for other in names if hero in names else ():
+        if other != hero:
+            difference = deltas[hero] - deltas[other]
             low, high, _ = interval_of(difference)
-            rows.append((task, codec, HERO, other, found[HERO].pchip - found[other].pchip, low, high))
+            rows.append((task, codec, hero, other, found[hero].pchip - found[other].pchip, low, high))
     return pd.DataFrame(rows, columns=["task", "codec", "method", "other", "difference", "ci_low", "ci_high"])
 
 
 def ablation(points: pd.DataFrame, resamples: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """points.csv, bootstrap.csv and rows.csv of one study -> its rows of ablation.csv.
 
-    Each variant's BD-rate as in `bd_rates`, and that of `mfiba` minus it, with interval, as in `paired`.
+    Each variant's BD-rate as in `bd_rates`, and that of its reference minus it, with interval, as in `paired`.
     """
-    against = paired(points, resamples)[["other", "difference", "ci_low", "ci_high"]]
-    against = against.set_axis(["method", "difference", "difference_low", "difference_high"], axis=1)
-    found = bd_rates(points, resamples).merge(against, how="left", on="method")
-    return rows.merge(found, on="method")[ABLATION]
+    names = {"method": "reference", "other": "method", "ci_low": "difference_low", "ci_high": "difference_high"}
+    against = pd.concat(paired(points, resamples, reference) for reference in rows["reference"].unique())
+    against = against.rename(columns=names).drop(columns=["task", "codec"])
+    found = rows.merge(bd_rates(points, resamples), on="method")
+    return found.merge(against, how="left", on=["method", "reference"])[ABLATION]
 
 
 def codec_bd_rates(points: pd.DataFrame, resamples: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
@@ -421,13 +423,19 @@ def _ablation_table(task: str, codec: str, ablations: pd.DataFrame) -> Table:
         for _, row in of_part.iterrows():
             name = f"{row['method']} *" if row["sees_labels"] else row["method"]
             difference = _bracketed(*row[["difference", "difference_low", "difference_high"]])
-            itself = row["method"] == HERO
+            itself = row["method"] == row["reference"]
             rows.append([name, row["description"], _bd_cell(row, notes), "" if itself else difference])
-    title = f"What each part buys, {task}, {codec}: BD-rate against {ANCHOR} in percent, and that of {HERO} minus it"
+    title = (
+        f"What each part buys, {task}, {codec}: BD-rate against {ANCHOR} in percent, and that of the method minus it"
+    )
     doubtful = [f"({number}) Doubtful: {note}" for note, number in notes.items()]
-    note = "In brackets 95 % intervals of a bootstrap over the images; all rows are resampled with the same ones."
-    headers = ["variant", "what it is", "BD-rate", f"{HERO} minus it"]
-    return Table(title, headers, rows, [*doubtful, f"{note} {_label_aware_note()}"], texts=2)
+    about = [
+        "In brackets 95 % intervals of a bootstrap over the images; all rows are resampled with the same ones.",
+        "The method is mfiba, for the other variants that skip mfiba_skip.",
+        _label_aware_note(),
+    ]
+    headers = ["variant", "what it is", "BD-rate", "method minus it"]
+    return Table(title, headers, rows, [*doubtful, " ".join(about)], texts=2)
 
 
 SIZE_TITLES = {  # quantity of sizes.csv -> title
