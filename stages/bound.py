@@ -16,30 +16,31 @@ from stages.lib.prediction import load as load_predictor
 
 def main(
     splits: Path,
-    models: Path,
+    weights: Path,
     features: Path,
-    predictions: Path,
-    codecs: Path,
+    prediction: Path,
+    codec: Path,
     coded: Path,
     losses: Path,
+    uncoded: Path,
     allocations: Path,
-    cell: str,
+    study: str,
     out: Path,
 ) -> None:
     params = load_params()
-    task, model, codec = (params["cells"][cell][key] for key in ("task", "model", "codec"))
-    place, lambdas = Path(model) / codec, params["lambdas"]
+    task, model, codec_name = (params["cells"][study][key] for key in ("task", "model", "codec"))
+    lambdas = params["lambdas"]
     found = bound(
-        load_model(models / f"{model}.pt", params["models"][model]),
-        Features(features / f"{model}.h5", "test"),
-        coded / place,
+        load_model(weights, params["models"][model]),
+        Features(features, "test"),
+        coded,
         lambdas,
-        load_codec(codecs / f"{place}.pt"),
-        load_predictor(predictions / f"{model}.pt"),
-        read_csv(allocations / place / f"{task}.csv"),
-        read_curves(coded / place, losses / place, losses / model / "uncoded.csv", list(lambdas), task, "test"),
+        load_codec(codec),
+        load_predictor(prediction),
+        read_csv(allocations),
+        read_curves(coded, losses, uncoded, list(lambdas), task, "test"),
         truths({task: ground_truth(load_split(splits, "test"), task)}),
-        {"task": task, "codec": codec},
+        {"task": task, "codec": codec_name},
         params["report"]["bootstrap"],
         params["seed"],
     )

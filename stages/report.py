@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from stages.lib import bound_tables, figures, tables
+from stages.lib import ablation_tables, bound_tables, figures, tables
 from stages.lib.files import atomic, read_csv, read_json, write_csv, write_json
 from stages.lib.params import SCALES, InputError, entry, load_params
 
@@ -24,6 +24,15 @@ RD_POINTS = [
 RESAMPLES = ["method", "point", "resample", "bits_per_image", "accuracy"]
 ADDITIVITY = ["image_id", "kind", "bits", "joint", "mirrored", "additive"]
 ENUMERATION = ["image_id", "lambda_prime", "additive", "descent", "optimum"]
+
+
+ABLATION = {  # file of `ablate` -> its columns
+    "points": RD_POINTS,
+    "bootstrap": RESAMPLES,
+    "rows": ["part", "method", "description", "sees_labels", "reference"],
+    "sizes": ["size", "n_images", "area_low", "area_high", "quantity", "name", "value", "ci_low", "ci_high"],
+    "rate_control": ["method", "bits", "asked", "reached", "error"],
+}
 
 
 class Cell(NamedTuple):
@@ -60,19 +69,29 @@ def main(data: Path, reports: Path) -> None:
     write_csv(reports / "codec_bd_rate.csv", codec_bd)
     write_csv(reports / "codec_feature_bd_rate.csv", tables.feature_bd_rates(curves))
     write_json(reports / "metrics.json", tables.metrics(points, bd))
-    studied = {name: params["cells"][name] for name in params["studies"]}
-    studies = {(cell["task"], cell["codec"]): read_study(data / "bounds" / name) for name, cell in studied.items()}
+    bounds = {
+        (cell["task"], cell["codec"]): read_bound(data / "evaluations/studies" / name / "bound")
+        for name, cell in params["studies"].items()
+    }
+    ablated = {name: read_ablation(data / "evaluations/studies" / name / "ablation") for name in params["studies"]}
+    taken_apart = [
+        ablation_tables.ablation(study["points"], study["bootstrap"], study["rows"]) for study in ablated.values()
+    ]
+    ablations = pd.concat(taken_apart or [pd.DataFrame(columns=ablation_tables.ABLATION)])
+    write_csv(reports / "ablation.csv", ablations)
+    sizes, rates = ({name: study[table] for name, study in ablated.items()} for table in ("sizes", "rate_control"))
     fits, mfip = ({key: getattr(cell, name) for key, cell in cells.items()} for name in ("fit", "mfip"))
     for name, found in (
         ("rd_points", tables.rd_points_tables(points)),
         ("bd_rate", tables.bd_rate_tables(points, bd, paired_bd, codec_bd, fits, mfip)),
-        ("bound", bound_tables.bound_tables(studies)),
+        ("bound", bound_tables.bound_tables(bounds)),
+        ("ablation", ablation_tables.ablation_tables(ablations, sizes, rates)),
     ):
         write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
         write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))
     losses = {key: _read(reports.joinpath("codecs", *key, "loss.csv"), ["step", "loss"]) for key in coders}
-    draw(cells, curves, losses, reports / "figures")
-    for (task, codec), study in studies.items():
+    draw(cells, curves, losses, sizes, reports / "figures")
+    for (task, codec), study in bounds.items():
         parts = bound_tables.parts_of(study.additivity)
         figures.additivity_figure(reports / "figures" / f"additivity_{task}_{codec}", task, codec, parts)
 
@@ -97,7 +116,7 @@ def read_ledgers(folder: Path, qualities: list[str]) -> list[pd.DataFrame]:
     return [_read(folder / f"{quality}.csv", ["split", "scale", "bits", "mse_feature"]) for quality in qualities]
 
 
-def read_study(folder: Path) -> bound_tables.Study:
+def read_bound(folder: Path) -> bound_tables.Study:
     """What `bound` wrote of one cell."""
     return bound_tables.Study(
         *(
@@ -110,10 +129,18 @@ def read_study(folder: Path) -> bound_tables.Study:
     )
 
 
+def read_ablation(folder: Path) -> dict[str, pd.DataFrame]:
+    """What `ablate` wrote of one cell: the tables of ABLATION."""
+    study = {name: _read(folder / f"{name}.csv", columns) for name, columns in ABLATION.items()}
+    tables.check_cell(study["points"], study["bootstrap"], str(folder))
+    return study
+
+
 def draw(
     cells: dict[tuple[str, str], Cell],
     curves: dict[tuple[str, str], pd.DataFrame],
     losses: dict[tuple[str, str], pd.DataFrame],
+    sizes: dict[str, pd.DataFrame],
     folder: Path,
 ) -> None:
     figures.method_figure(folder / "method")
@@ -124,6 +151,9 @@ def draw(
     for (model, codec), loss in losses.items():
         shown = {name: curves[model, name] for name in (codec, tables.CODEC_ANCHOR) if (model, name) in curves}
         figures.codec_figure(folder / f"codec_{model}_{codec}", model, codec, shown, loss)
+
+    for study, table in sizes.items():
+        figures.size_figure(folder / f"sizes_{study}", study, table)
 
 
 def write_text(path: Path, text: str) -> None:

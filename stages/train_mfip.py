@@ -10,11 +10,8 @@ from stages.lib import mfip
 from stages.lib.features import Features
 from stages.lib.files import atomic, write_csv, write_json
 from stages.lib.loss_rate import importance_labels, read_curves, sensitivity_labels
-from stages.lib.models import DEVICE, load_model
+from stages.lib.models import load_model
 from stages.lib.params import SCALES, entry, load_params, tasks_of
-from stages.lib.shards import map_shards
-
-Described = list[tuple[list[int], np.ndarray]]  # batches: image ids, what `mfip.describe` says of their pyramids
 
 
 def main(
@@ -27,7 +24,7 @@ def main(
     """
     params = load_params()
     proposer = load_model(weights, params["models"][model]).rpn.head
-    fit, test = (_described(Features(features, split), proposer) for split in ("fit", "test"))
+    fit, test = (mfip.described(Features(features, split), proposer) for split in ("fit", "test"))
     with atomic(out) as scratch:
         for task in tasks_of(params, model, codec_name):
             curves = read_curves(coded, losses, uncoded, list(params["lambdas"]), task, "fit")
@@ -47,15 +44,6 @@ def main(
             mfip.save(scratch / f"{task}.pt", trained.model)
             write_csv(scratch / f"{task}.csv", pd.concat(tables).sort_values(["split", "image_id", "scale"]))
             write_json(scratch / f"{task}.json", trained.report)
-
-
-def _described(features: Features, proposer: torch.nn.Module) -> Described:
-    def describe(image_ids: list[int]) -> np.ndarray:
-        pyramid = {scale: maps.to(DEVICE) for scale, maps in features.pyramids(image_ids).items()}
-        return mfip.describe(pyramid, proposer).cpu().numpy()
-
-    batches = list(features.batches())
-    return list(zip(batches, map_shards(describe, batches), strict=True))
 
 
 def _table(split: str, image_ids: list[int] | np.ndarray, weights: np.ndarray, sensitivity: np.ndarray) -> pd.DataFrame:

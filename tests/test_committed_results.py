@@ -51,4 +51,5 @@ def test_every_stage_of_the_pipeline_was_run() -> None:
     expected |= {f"{name}@{pair}" for name in ("train_codec", "train_mfip", "evaluate") for pair in pairs}
     expected |= {f"{name}@{p}-{q}" for name in ("compress", "measure") for p in pairs for q in PARAMS["lambdas"]}
     expected |= {f"{name}@{cell}" for name in ("fit_loss_rate", "allocate") for cell in PARAMS["cells"]}
+    expected |= {f"ablate@{study}" for study in PARAMS["studies"]}
     assert set(LOCK) == expected

@@ -103,7 +103,7 @@ def write_models(data: Path, task: str) -> None:
 
 def write_profile(folder: Path, tasks: tuple[str, ...] = CELLS, trained: bool = True) -> Path:
     """A profile's folder after every stage but the report."""
-    params = copy.deepcopy(PARAMS)
+    params = copy.deepcopy(PARAMS) | {"studies": {}}
     params["cells"] = {f"{task}-elic": {"task": task, "model": "small", "codec": "elic"} for task in tasks}
     params["codecs"] = {"elic": params["codecs"]["elic"]}
     folder.mkdir(parents=True)

@@ -54,13 +54,20 @@ def allocate(test: Curves, fit: dict, importance: Importance, precode: int, poin
     losses of the evaluated images reach `label_aware` only.
     Raises InputError when the loss-rate model was fitted on another number of qualities.
     """
-    n, _, k = test.bits.shape
+    k = test.bits.shape[2]
     fitted = len(fit["mean"][SCALES[0]]["bits"])
     if fitted != k:
         raise InputError(f"the loss-rate model has {fitted} qualities, the coded images {k}; run fit_loss_rate again")
+    return allocation_table(
+        label_free(test.bits, test.pixels, fit, importance, precode) | label_aware(test, fit), test, points
+    )
+
+
+def allocation_table(methods: dict[str, Choose], test: Curves, points: int) -> pd.DataFrame:
+    """`uniform` at every quality, then each method at its operating points -> the columns of `allocate`."""
+    n, _, k = test.bits.shape
     targets = rate_targets(test.bits, points)
     table = {"uniform": [Point(np.nan, uniform(q, n)) for q in range(k)]}
-    methods = label_free(test.bits, test.pixels, fit, importance, precode) | label_aware(test, fit)
     for name, choose in methods.items():
         wanted = targets_below(targets) if name.endswith("_skip") else targets
         table[name] = operating_points(choose, test.bits, wanted)

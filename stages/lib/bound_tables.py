@@ -88,6 +88,8 @@ def parts_of(tuples: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def bound_tables(studies: dict[tuple[str, str], Study]) -> list[Table]:
     """Studies of each (task, codec) -> the tables of reports/tables/bound."""
+    if not studies:
+        return []
     files, mirrored = (
         pd.concat([bd_rates(points, resamples) for points, resamples in found], ignore_index=True)
         for found in zip(*((study[:2], study[2:4]) for study in studies.values()), strict=True)

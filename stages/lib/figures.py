@@ -23,6 +23,7 @@ from stages.lib.tables import ANCHOR, HEROES, LABEL_AWARE, UNCODED, resampled
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 WARNING = "#B00000"
+SHADES = ("#CFCFCF", "#8A8A8A", "#2B2B2B")  # of what is small, medium, large
 METHODS = {  # method -> colour, marker; others are grey
     ANCHOR: (BLACK, "o"),
     "static": (ORANGE, "s"),
@@ -201,6 +202,49 @@ def additivity_figure(stem: Path, task: str, codec: str, parts: dict[str, pd.Dat
         figure.supxlabel("sum of the losses of single scales, objects", fontsize=10)
         figure.supylabel("joint loss, objects", fontsize=10)
         figure.suptitle(f"{task.capitalize()}, {codec.upper()}: do the losses of the scales add up?")
+
+
+def size_figure(stem: Path, study: str, sizes: pd.DataFrame) -> None:
+    """sizes.csv of one study -> BD-rates and worth of the scales in images of small, medium and large objects."""
+    groups, quantities = list(sizes["size"].unique()), dict(list(sizes.groupby("quantity")))
+    with saved(stem, 10.4, 3.6) as figure:
+        saving, *scales = figure.subplots(1, 3)
+        values, low, high = (
+            quantities["bd_rate"].pivot(index="size", columns="name", values=name).loc[groups]
+            for name in ("value", "ci_low", "ci_high")
+        )
+        methods = {method: METHODS.get(method, OTHER_METHOD)[0] for method in quantities["bd_rate"]["name"].unique()}
+        grouped_bars(saving, values, methods, {m: (values[m] - low[m], high[m] - values[m]) for m in methods})
+        saving.axhline(0, color=GREY, linewidth=0.8)
+        saving.set_title(f"BD-rate against {ANCHOR}, %")
+        saving.legend(loc="lower left", fontsize=8)
+        shades = dict(zip(groups, SHADES, strict=False))
+        titles = {"weight": "measured importance $w_s$", "sensitivity": "predicted sensitivity $k_s$"}
+        for axes, (quantity, title) in zip(scales, titles.items(), strict=True):
+            by_scale = quantities[quantity].pivot(index="name", columns="size", values="value")
+            grouped_bars(axes, by_scale.loc[list(SCALES)], shades)
+            axes.set_xlabel("scale")
+            axes.set_title(title)
+        saving.set_xlabel("objects")
+        scales[0].legend(title="objects", fontsize=8)
+        figure.suptitle(f"{study}: images of test by the size of their objects")
+
+
+def grouped_bars(
+    axes: Axes,
+    table: pd.DataFrame,
+    colours: dict[str, str],
+    errors: dict[str, tuple[pd.Series, pd.Series]] | None = None,
+) -> None:
+    """A group of bars for each row, one for each column that has a colour; errors: those below and above its bars."""
+    width = 0.8 / len(colours)
+    place = np.arange(len(table)) - 0.4 + width / 2
+    for number, (name, colour) in enumerate(colours.items()):
+        error = None if errors is None else errors[name]
+        look = {"color": colour, "label": name, "error_kw": {"elinewidth": 0.8, "ecolor": GREY}}
+        axes.bar(place + number * width, table[name], width, yerr=error, **look)
+    axes.set_xticks(np.arange(len(table)), table.index)
+    axes.grid(axis="x", visible=False)
 
 
 def scale_panels(figure: Figure) -> tuple[dict[str, Axes], Axes]:

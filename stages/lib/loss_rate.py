@@ -126,12 +126,18 @@ def mean_loss(loss: np.ndarray) -> np.ndarray:
 def sensitivity_labels(loss: np.ndarray, loss_skipped: np.ndarray) -> np.ndarray:
     """Losses [n, 5, K] and [n, 5, 1 + K] -> sensitivities [n, 5]: how many times the mean loss an image loses.
 
-    k_s = sum_q loss[s, q] * mean[s, q] / sum_q mean[s, q]^2, the least squares of loss ~ k * `mean_loss`, q over the
-    qualities and over the ways to skip the scale: the more is measured, the less noise; 1 for a scale without any mean
-    loss.
+    Over the qualities and over the ways to skip the scale: the more is measured, the less noise.
     """
     mean = np.concatenate([mean_loss(loss), mean_loss(loss_skipped)], 1)
-    loss = np.concatenate([loss, loss_skipped], 2)
+    return sensitivity_to(mean, np.concatenate([loss, loss_skipped], 2))
+
+
+def sensitivity_to(mean: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """`mean_loss` [5, Q] of some images, losses [n, 5, Q] of others -> sensitivities [n, 5] of these.
+
+    k_s = sum_q loss[s, q] * mean[s, q] / sum_q mean[s, q]^2, the least squares of loss ~ k * mean; 1 for a scale
+    without any mean loss.
+    """
     power = (mean**2).sum(1)
     return np.where(power > 0, (loss * mean).sum(2) / np.where(power > 0, power, 1), 1.0)
 
@@ -158,12 +164,12 @@ def fit_power(weight: np.ndarray, drop: np.ndarray, rate: np.ndarray) -> PowerFi
     """
     usable = np.isfinite(weight) & np.isfinite(drop).all(1)
     weight, drop, rate = weight[usable], drop[usable], rate[usable]
-    alpha, beta, failed = _solve(weight, drop, rate)
+    alpha, beta, failed = solve_power(weight, drop, rate)
     fold = np.arange(len(weight)) % FOLDS
     held_out = np.full(drop.shape, np.nan)
     for k in np.unique(fold):
         train, left = fold != k, fold == k
-        held_out[left] = _predict(*_solve(weight[train], drop[train], rate[train])[:2], weight[left], rate[left])
+        held_out[left] = _predict(*solve_power(weight[train], drop[train], rate[train])[:2], weight[left], rate[left])
     r2, rmse = _quality(drop, held_out)
     flags = [
         ("failed", failed),
@@ -250,7 +256,7 @@ def rivals(curves: Curves, s: int) -> dict[str, float | None]:
     return {name: _json_number(_quality(loss, values)[0]) for name, values in predicted.items()}
 
 
-def _solve(weight: np.ndarray, drop: np.ndarray, rate: np.ndarray) -> tuple[float, float, bool]:
+def solve_power(weight: np.ndarray, drop: np.ndarray, rate: np.ndarray) -> tuple[float, float, bool]:
     """Least squares (alpha, beta, failed). alpha is linear given beta, so one bounded search needs no start value."""
     failure = FAILED_ALPHA, FAILED_BETA, True
     if not weight.size or not drop.any():
@@ -290,7 +296,7 @@ def _fit_mse(mse: np.ndarray, bpp_plane: np.ndarray) -> dict:
     """Mean over images of mse [n, K] * 255**2 ~ a * (mean bpp_plane)**b: upstream's loss-rate model of one scale."""
     error, rate = PEAK_SQUARED * mse.mean(0)[None], bpp_plane.mean(0)[None]  # [1, K]
     one = np.ones(1)
-    a, b, failed = _solve(one, error, rate)
+    a, b, failed = solve_power(one, error, rate)
     r2 = _json_number(_quality(error, _predict(a, b, one, rate))[0])
     return {"a": a, "b": b, "r2": r2, "flags": ["failed"] if failed else []}
 

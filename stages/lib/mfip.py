@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, max_pool2d
 
+from stages.lib.features import Features
 from stages.lib.files import atomic
 from stages.lib.loss_rate import FEW_IMAGES, FOLDS
-from stages.lib.models import load_weights, read_checkpoint
+from stages.lib.models import DEVICE, load_weights, read_checkpoint
 from stages.lib.params import SCALES, InputError
+from stages.lib.shards import map_shards
 
 LEAST_WEIGHT = 1e-4  # of the mean weights: a softmax never gives 0
 LEAST_STD = 1e-6  # of a statistic; a smaller one is rounding, as the spatial deviation of a map of 1 pixel
@@ -31,10 +33,12 @@ DROPOUT = 0.5
 WEIGHT_DECAY = 0.1
 GATE = 2.0  # standard errors by which the network must beat the constant, held out, to be used
 OBJECTNESS = 5  # numbers that `objectness` gives of a scale
+INPUTS = {"channels": slice(None, -OBJECTNESS), "objectness": slice(-OBJECTNESS, None)}  # of what `describe` gives
 CONSTANT = 1e9  # a ridge that leaves the mean sensitivity
 RIDGES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, CONSTANT)  # candidates, in units of a standardised input's mean square
 LABEL_RANGE = (-1.0, 5.0)  # of sensitivities to learn from: a ratio to a small mean can be any size
 LEAST_SENSITIVITY = 0.05  # predicted: no scale of no image is worth nothing
+Described = Iterable[tuple[list[int], np.ndarray]]  # batches: image ids, what `describe` says of their pyramids
 
 
 class MFIP(nn.Module):
@@ -102,6 +106,24 @@ def describe(pyramid: dict[str, Tensor], proposer: nn.Module) -> Tensor:
     return torch.stack(rows, 1)
 
 
+def described(features: Features, proposer: nn.Module) -> list[tuple[list[int], np.ndarray]]:
+    """`describe` of every pyramid of a split, batch by batch."""
+
+    def of_batch(image_ids: list[int]) -> np.ndarray:
+        pyramid = {scale: maps.to(DEVICE) for scale, maps in features.pyramids(image_ids).items()}
+        return describe(pyramid, proposer).cpu().numpy()
+
+    batches = list(features.batches())
+    return list(zip(batches, map_shards(of_batch, batches), strict=True))
+
+
+def variance(statistics: np.ndarray) -> np.ndarray:
+    """What `describe` gives, [n, 5, 3 C + 5] -> spatial variance, mean of the channels, [n, 5]."""
+    channels = statistics[:, :, INPUTS["channels"]]
+    deviation = np.split(channels, 3, 2)[1]
+    return (deviation.astype(float) ** 2).mean(2)
+
+
 def objectness(score: Tensor) -> Tensor:
     """Logits of the anchors of one scale [N, A, H, W] -> [N, 5]: over anchors the sum of the probabilities and of their
     squares, over places the sum of the best anchor's, the same at local maxima only, and the peak."""
@@ -113,7 +135,7 @@ def objectness(score: Tensor) -> Tensor:
 
 
 def train(
-    described: Iterable[tuple[list[int], np.ndarray]],
+    described: Described,
     labels: dict[int, np.ndarray],
     sensitivities: dict[int, np.ndarray],
     params: dict,
@@ -131,7 +153,8 @@ def train(
     {network: {kl, mae}, constant: {kl, mae}, gain: {kl, standard_error}, correlation per scale, epochs of the folds};
     sensitivity: scale -> {r2, ridge}, held out, against the mean label.
     """
-    image_ids, statistics = _collect(described)
+    image_ids, statistics = collect(described)
+    statistics = torch.from_numpy(statistics)
     unknown = set(image_ids.tolist()) ^ set(labels)
     if unknown:
         raise InputError(
@@ -163,8 +186,8 @@ def train(
     weights = _predict(model, statistics)
     weights[usable] = network if learned else constant
 
-    wanted = torch.from_numpy(np.array([sensitivities[i] for i in image_ids.tolist()])).clamp(*LABEL_RANGE)
-    sense = _fit_sensitivity(model.standard(statistics).flatten(1).double(), wanted, few)
+    wanted = torch.from_numpy(np.array([sensitivities[i] for i in image_ids.tolist()]))
+    sense = fit_sensitivity(model.standard(statistics).double(), wanted, few)
     model.sense.weight.data.copy_(sense.weight)
     model.sense.bias.data.copy_(sense.bias)
     sensitivity = sense.held_out.clamp(min=LEAST_SENSITIVITY)
@@ -204,14 +227,14 @@ def load(path: Path) -> MFIP:
     return model.eval()
 
 
-def _collect(described: Iterable[tuple[list[int], np.ndarray]]) -> tuple[np.ndarray, Tensor]:
+def collect(described: Described) -> tuple[np.ndarray, np.ndarray]:
     """Image ids [n], rising, and statistics [n, 5, 3 C + 5]: all that is kept of the pyramids."""
     image_ids, rows = [], []
     for batch_ids, statistics in described:
         image_ids += batch_ids
         rows.append(statistics)
     order = np.argsort(image_ids)
-    return np.array(image_ids)[order], torch.from_numpy(np.concatenate(rows)[order])
+    return np.array(image_ids)[order], np.concatenate(rows)[order]
 
 
 def _fit(statistics: Tensor, label: Tensor, params: dict, seed: int) -> tuple[MFIP, int]:
@@ -245,22 +268,25 @@ def _fit(statistics: Tensor, label: Tensor, params: dict, seed: int) -> tuple[MF
     return model.eval(), best[1]
 
 
-class _Sense(NamedTuple):
+class Sense(NamedTuple):
     weight: Tensor  # [5, 5 (3 C + 5)]
     bias: Tensor  # [5]
     held_out: Tensor  # [n, 5], predicted without the image's fold
     report: list[dict[str, float | None]]  # of each scale
 
 
-def _fit_sensitivity(standard: Tensor, label: Tensor, constant: bool) -> _Sense:
-    """Standardised statistics [n, 5 (3 C + 5)], labels [n, 5], float64 -> a ridge regression for each scale.
+def fit_sensitivity(standard: Tensor, label: Tensor, constant: bool, kinds: Iterable[str] = tuple(INPUTS)) -> Sense:
+    """Standardised statistics [n, 5, 3 C + 5], labels [n, 5], float64 -> a ridge regression for each scale.
 
-    The few numbers of objectness weigh as much as all those of the channels together. `constant`: learn the mean only.
+    `kinds`: the numbers that it sees; the few of objectness weigh as much as all those of the channels
+    together. `constant`: learn the mean only.
     """
-    width = standard.shape[1] // len(SCALES)
-    share = standard.new_full((len(SCALES), width), 1 / math.sqrt(len(SCALES) * (width - OBJECTNESS)))
-    share[:, -OBJECTNESS:] = 1 / math.sqrt(len(SCALES) * OBJECTNESS)
-    inputs = standard * share.flatten()
+    label = label.clamp(*LABEL_RANGE)
+    share = standard.new_zeros(standard.shape[1:])
+    for kind in kinds:
+        part = share[:, INPUTS[kind]]
+        part += 1 / math.sqrt(part.numel())
+    inputs = (standard * share).flatten(1)
 
     def solve(chosen: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
         """-> slopes [5 (3 C + 5), 5], bias [5], from the side of the images: they are fewer than the numbers."""
@@ -278,16 +304,31 @@ def _fit_sensitivity(standard: Tensor, label: Tensor, constant: bool) -> _Sense:
             predicted[c, left] = inputs[left] @ slopes + bias
     error = (predicted - label).square().mean(1)  # [candidates, 5]
     best = error.argmin(0)
+    everything = torch.ones(len(label), dtype=torch.bool)
+    solved = {c: solve(everything, candidates[c]) for c in set(best.tolist())}
     weight, bias, report = [], [], []
     for s, c in enumerate(best.tolist()):
-        slopes, all_bias = solve(torch.ones(len(label), dtype=torch.bool), candidates[c])
+        slopes, all_bias = solved[c]
         weight.append(slopes[:, s] * share.flatten())
         bias.append(all_bias[s])
         variance = label[:, s].var(correction=0).item()
         r2 = 1 - error[c, s].item() / variance if variance > LEAST_STD else None
         report.append({"r2": r2, "ridge": candidates[c]})
     chosen = predicted.gather(0, best[None, None].expand(1, *label.shape))[0]
-    return _Sense(torch.stack(weight), torch.stack(bias), chosen, report)
+    return Sense(torch.stack(weight), torch.stack(bias), chosen, report)
+
+
+def learned_sensitivity(
+    model: MFIP, fit: np.ndarray, labels: np.ndarray, test: np.ndarray, kinds: Iterable[str]
+) -> np.ndarray:
+    """Statistics of fit [m, 5, 3 C + 5], their labels [m, 5], statistics of test -> predicted sensitivities [n, 5].
+
+    As `train` fits it, standardised as in `model`, but from these labels and these kinds of numbers.
+    """
+    known, new = (model.standard(torch.from_numpy(part)).double() for part in (fit, test))
+    sense = fit_sensitivity(known, torch.from_numpy(labels), len(labels) < FEW_IMAGES, kinds)
+    predicted = new.flatten(1) @ sense.weight.T + sense.bias
+    return predicted.clamp(min=LEAST_SENSITIVITY).numpy()
 
 
 def _cross_entropy(label: Tensor, log_weights: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ SCHEMA = {
     "mfip": {"precode": TEXT, "channels": whole(1), "epochs": whole(1), "lr": POSITIVE, "validation": SHARE},
     "report": {"bootstrap": whole(1)},
     "cells": Named(NAME, {"task": TEXT, "model": TEXT, "codec": TEXT}),
-    "studies": Listed(NAME),
+    "studies": Check(lambda value: isinstance(value, dict), "a mapping of some of the cells, {} for none"),
 }
 
 
@@ -235,6 +235,9 @@ def check_params(params: Any) -> None:
     _check_networks(params["codecs"])
     _refer(params, "lambdas", params["mfip"]["precode"], "mfip.precode")
     _check_cells(params)
+    for name, cell in params["studies"].items():
+        _refer(params, "cells", name, f"studies.{name}")
+        _need(cell == params["cells"][name], f"studies.{name}", cell, f"it must be as in cells: *{name}")
 
 
 def _check_networks(codecs: dict[str, Any]) -> None:
@@ -300,8 +303,6 @@ def _check_cells(params: dict[str, Any]) -> None:
         for codec in params["codecs"]:
             remedy = f"no cell has model {model} and codec {codec}; add one, or remove the model or the codec"
             _need(tasks_of(params, model, codec), "cells", list(params["cells"]), remedy)
-    for number, name in enumerate(params["studies"]):
-        _refer(params, "cells", name, f"studies[{number}]")
 
 
 def _walk(value: Any, schema: Any, key: str) -> None:

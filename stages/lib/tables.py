@@ -5,6 +5,7 @@ The LaTeX needs the package booktabs only.
 
 import re
 import warnings
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,7 @@ class Table(NamedTuple):
     headers: list[str]
     rows: list[list[str]]
     notes: list[str]  # below the table; cells refer to the n-th as (n)
+    texts: int = 1  # the first columns, which hold text
 
 
 def resampled(resamples: pd.DataFrame, method: str) -> tuple[np.ndarray, np.ndarray]:
@@ -123,15 +125,15 @@ def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = A
     return compare(points, resamples, anchor_name).bd
 
 
-def paired(compared: Compared) -> pd.DataFrame:
-    """`compare` of one cell -> BD-rate of each of HEROES minus that of every other method, one row each.
+def paired(compared: Compared, heroes: Iterable[str] = HEROES) -> pd.DataFrame:
+    """`compare` of one cell -> BD-rate of each of the heroes minus that of every other method, one row each.
 
     Percentage points, negative: the hero saves more. Both BD-rates of a resample come from the same images; the
     interval is that of their difference, NaN where more than half of the resamples have none. Columns task, codec,
     method, other, difference, ci_low, ci_high.
     """
     found, rows = compared.bd.set_index("method"), []
-    for hero in [method for method in HEROES if method in compared.deltas]:
+    for hero in [method for method in heroes if method in compared.deltas]:
         for other, deltas in compared.deltas.items():
             if other != hero:
                 low, high, _ = interval_of(compared.deltas[hero] - deltas)
@@ -251,7 +253,7 @@ def rd_points_tables(points: pd.DataFrame) -> list[Table]:
     for (task, codec), rows in points.groupby(["task", "codec"], sort=False):
         coded, uncoded = rows[rows["method"] != UNCODED], rows[rows["method"] == UNCODED].iloc[0]
         cells = {
-            (r.method, r.point): f"{_number(r.accuracy, '.3f')} @ {r.bits_per_image:,.0f}" for r in coded.itertuples()
+            (r.method, r.point): f"{number(r.accuracy, '.3f')} @ {r.bits_per_image:,.0f}" for r in coded.itertuples()
         }
         numbers = sorted(coded["point"].unique())
         tables.append(
@@ -260,7 +262,7 @@ def rd_points_tables(points: pd.DataFrame) -> list[Table]:
                 f"{uncoded['split']}",
                 ["method", *(f"point {n}" for n in numbers)],
                 [[_named(m), *(cells.get((m, n), "") for n in numbers)] for m in coded["method"].unique()],
-                [f"Uncoded: {_number(uncoded['accuracy'], '.3f')}. {label_aware_note()}"],
+                [f"Uncoded: {number(uncoded['accuracy'], '.3f')}. {label_aware_note()}"],
             )
         )
     return tables
@@ -337,14 +339,14 @@ def comparison(title: str, bd: pd.DataFrame, note: str) -> Table:
         cells = []
         for task in tasks:
             found = bd[(bd["method"] == method) & (bd["task"] == task)]
-            cells.append(_bd_cell(found.iloc[0], notes) if len(found) else "")
+            cells.append(bd_cell(found.iloc[0], notes) if len(found) else "")
         rows.append([_named(method), *cells])
     doubtful = [f"({number}) Doubtful: {note}" for note, number in notes.items()]
     about = "In brackets the 95 % interval of a bootstrap over the images, method and anchor resampled together."
     return Table(title, ["method", *tasks], rows, [*doubtful, f"{about} {note}".strip()])
 
 
-def _bd_cell(row: pd.Series, notes: dict[str, int]) -> str:
+def bd_cell(row: pd.Series, notes: dict[str, int]) -> str:
     reasons = []
     for flag in filter(None, row["flags"].split("; ")):
         name, _, detail = flag.partition(":")
@@ -359,7 +361,7 @@ def _bd_cell(row: pd.Series, notes: dict[str, int]) -> str:
         mark = f" ({notes.setdefault(note, len(notes) + 1)})"
     if not available:
         return NOT_AVAILABLE + mark
-    return f"{row['bd_rate_pchip']:.1f} [{_number(row['ci_low'], '.1f')}, {_number(row['ci_high'], '.1f')}]{mark}"
+    return bracketed(row["bd_rate_pchip"], row["ci_low"], row["ci_high"]) + mark
 
 
 def _context_table(points: pd.DataFrame) -> Table:
@@ -370,11 +372,11 @@ def _context_table(points: pd.DataFrame) -> Table:
             [
                 f"{task}, {codec}",
                 of_cell["accuracy_name"].iloc[0],
-                _number(found.uncoded_accuracy, ".3f"),
+                number(found.uncoded_accuracy, ".3f"),
                 str(found.n_images),
                 f"{found.uniform_bits_per_image_low:,.0f} to {found.uniform_bits_per_image_high:,.0f}",
-                f"{_number(found.uniform_share_of_uncoded_low, '.0%')} to "
-                f"{_number(found.uniform_share_of_uncoded_high, '.0%')}",
+                f"{number(found.uniform_share_of_uncoded_low, '.0%')} to "
+                f"{number(found.uniform_share_of_uncoded_high, '.0%')}",
             ]
         )
     headers = ["", "accuracy", "uncoded", "images", f"bits per image, {ANCHOR}", f"share of uncoded, {ANCHOR}"]
@@ -389,8 +391,7 @@ def _paired_table(codec: str, hero: str, paired_bd: pd.DataFrame) -> Table:
     for other in paired_bd["other"].unique():
         found = paired_bd[paired_bd["other"] == other].set_index("task")
         numbers = [[found.loc[task, name] for name in ("difference", "ci_low", "ci_high")] for task in tasks]
-        cells = ["{} [{}, {}]".format(*(_number(value, ".1f") for value in of_task)) for of_task in numbers]
-        rows.append([_named(other), *cells])
+        rows.append([_named(other), *(bracketed(*of_task) for of_task in numbers)])
     title = f"BD-rate of {hero} minus that of the others, codec {codec}: percentage points, negative: {hero} saves more"
     note = "In brackets the 95 % interval of the difference, both resampled with the same images."
     return Table(title, [f"{hero} against", *tasks], rows, [f"{note} {label_aware_note()}"])
@@ -444,7 +445,7 @@ def _sensitivity_table(mfip: dict[tuple[str, str], dict]) -> Table:
 
 
 def _share(value: float | None) -> str:
-    return _number(np.nan if value is None else value, ".2f")
+    return number(np.nan if value is None else value, ".2f")
 
 
 def _mfip_table(mfip: dict[tuple[str, str], dict]) -> Table:
@@ -476,7 +477,12 @@ def label_aware_note() -> str:
     return "* uses the labels of the evaluated images: no sender can do that."
 
 
-def _number(value: float, spec: str) -> str:
+def bracketed(*numbers: float) -> str:
+    """Value, low and high end of its interval."""
+    return "{} [{}, {}]".format(*(number(value, ".1f") for value in numbers))
+
+
+def number(value: float, spec: str) -> str:
     return NOT_AVAILABLE if np.isnan(value) else format(value, spec)
 
 
@@ -486,7 +492,7 @@ def _or_null(value: float) -> float | None:
 
 
 def _align(table: Table) -> list[str]:
-    return ["left"] + ["right"] * (len(table.headers) - 1)
+    return ["left"] * table.texts + ["right"] * (len(table.headers) - table.texts)
 
 
 def _tex(text: str) -> str:

@@ -1,0 +1,82 @@
+"""One cell -> rates and accuracies on `test` of the method without one part each; object sizes; rate control.
+
+Nothing is tuned here: the variants take what `fit` says, as the methods of `allocate` do.
+"""
+
+from pathlib import Path
+
+from stages.lib import ablation, mfip
+from stages.lib.allocation import allocation_table, read_importance
+from stages.lib.bitstream import FRAME_BYTES
+from stages.lib.coco import ground_truth, load_split
+from stages.lib.coding import load_codec
+from stages.lib.features import Features
+from stages.lib.files import atomic, read_json, write_csv
+from stages.lib.loss_rate import importance_labels, mean_loss, read_curves, sensitivity_labels, sensitivity_to
+from stages.lib.measuring import bits_of, evaluate, tabulate, truths
+from stages.lib.models import load_model
+from stages.lib.params import entry, load_params, precode_of
+from stages.lib.prediction import load as load_predictor
+from stages.lib.senses import other_senses
+from stages.lib.sizes import object_areas, size_table
+
+
+def main(
+    splits: Path,
+    weights: Path,
+    features: Path,
+    prediction: Path,
+    codec: Path,
+    coded: Path,
+    losses: Path,
+    uncoded: Path,
+    loss_rate: Path,
+    importance: Path,
+    study: str,
+    out: Path,
+) -> None:
+    """The paths of `allocate` and `evaluate`; `importance`: the folder that `train_mfip` wrote."""
+    params = load_params()
+    task, model_name, codec_name = (params["cells"][study][key] for key in ("task", "model", "codec"))
+    qualities, precode, points = list(params["lambdas"]), precode_of(params), params["tasks"][task]["points"]
+    seed, resamples = params["seed"], params["report"]["bootstrap"]
+    fit, test = (read_curves(coded, losses, uncoded, qualities, task, split) for split in ("fit", "test"))
+    of_fit, of_test = Features(features, "fit"), Features(features, "test")
+    detector, model = load_model(weights, params["models"][model_name]), read_json(loss_rate)
+    predicted = read_importance(importance / f"{task}.csv", "test", test.image_ids)
+
+    drops = ablation.drops(fit)
+    labels = sensitivity_labels(fit.loss, fit.loss_skipped), sensitivity_to(mean_loss(drops), drops)
+    senses = other_senses(of_fit, of_test, detector, mfip.load(importance / f"{task}.pt"), *labels)
+    methods = ablation.variants(fit, test, model, predicted, senses, precode, seed)
+    truth = ground_truth(load_split(splits, "test"), task)
+    evaluated = evaluate(
+        detector,
+        of_test,
+        coded,
+        qualities,
+        load_codec(codec),
+        load_predictor(prediction),
+        {task: allocation_table(methods, test, points)},
+        truths({task: truth}),
+    )[task]
+    names, bits = {"task": task, "codec": codec_name}, bits_of(coded, qualities, of_test)
+    worth = {
+        "weight": importance_labels(test.drop),
+        "sensitivity": predicted.sensitivity,
+        "measured_sensitivity": ablation.measured(test, model),
+    }
+    areas, header = object_areas(truth, test.image_ids), 8 * FRAME_BYTES
+    rates = ablation.rate_control(test.bits, model, predicted.sensitivity, precode, points, header)
+    known = bits, of_test, names, resamples, seed
+    with atomic(out) as scratch:
+        points_table, bootstrap = tabulate(*evaluated, *known)
+        write_csv(scratch / "points.csv", points_table)
+        write_csv(scratch / "bootstrap.csv", bootstrap)
+        write_csv(scratch / "rows.csv", ablation.described_rows())
+        write_csv(scratch / "sizes.csv", size_table(*evaluated, *known, areas, worth))
+        write_csv(scratch / "rate_control.csv", rates)
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,253 @@
+"""Curves, models and predictions -> variants of the method that lack one part of it each, and how it meets a rate.
+
+Every variant is one `Choose` (allocation): lambda' -> phi [n, 5], so that all are evaluated by the same code.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from stages.lib.allocation import (
+    Choose,
+    Importance,
+    column,
+    label_aware,
+    label_free,
+    mean_bits_per_image,
+    mfiba,
+    mfiba_closed_form,
+    mfiba_skip,
+    operating_points,
+    oracle,
+    rate_targets,
+    static,
+    upstream,
+    with_skipping,
+)
+from stages.lib.loss_rate import Curves, mean_loss, predicted_bits, sensitivity_to, solve_power
+from stages.lib.params import SCALES
+
+POOL = SCALES.index("pool")
+WHOLE, SKIPPING = "mfiba", "mfiba_skip"
+IMAGE_NOISE_FLOOR = 0.001  # upstream, of its fits to one image: smaller drops count as none
+
+ROWS = {  # part of the method -> variant -> what it is
+    "fixed vector": {
+        "static": "best fixed quality of each scale for the mean AP drops of fit",
+        "static_smooth": "the same for the mean smooth losses",
+        "static_skip": "the same, where a scale may be skipped",
+    },
+    "weights of the closed form": {
+        "closed_form_equal": "1/5 for all: only pixels and curves of the scales differ",
+        "closed_form_random": "drawn from a Dirichlet distribution, for each image",
+        "closed_form_mean": "the mean label of fit",
+        "mfiba_closed_form": "as MFIP predicts them",
+    },
+    "sensitivity": {
+        "sensitivity_one": "1 for all: only the bits are of the image",
+        "sensitivity_permuted": "that of another image",
+        "sensitivity_bits": "bits of the precoded scale over their mean on fit",
+        "sensitivity_variance": "spatial variance of the features over its mean on fit",
+        "sensitivity_gradient": "gradient of the detection scores, norm over its mean on fit",
+        "sensitivity_channels": "predicted from the channels' statistics alone",
+        "sensitivity_objectness": "predicted from objectness alone",
+        "sensitivity_ap": "predicted, with AP drops as labels and as the loss",
+        "mfiba": "predicted from both, with smooth losses: the method",
+        "sensitivity_measured": "measured on the image: a perfect predictor",
+        "oracle": "the image's own losses as measured, no model of them",
+    },
+    "bits of the qualities": {
+        "bits_mean": "the mean of fit: nothing is precoded",
+        "bits_real": "real: precoded at every quality (mfiba: at one)",
+    },
+    "skipping": {
+        "pool_skip": "mfiba, pool always derived from scale 3, nothing else skipped",
+        "coded_pool_skip": "mfiba, every scale but pool may be skipped",
+        "mfiba_skip": "mfiba, every scale may be skipped",
+        "measured_skip": "the same with measured sensitivities",
+        "oracle_skip": "the same with the image's own losses as measured",
+    },
+    "the authors' algorithm": {
+        "upstream_predicted": "with MFIP's weights",
+        "upstream_measured": "with measured weights",
+        "upstream_image": "with a power law fitted to the drops of the very image",
+    },
+}
+SEES_LABELS = {
+    "sensitivity_measured",
+    "oracle",
+    "measured_skip",
+    "oracle_skip",
+    "upstream_measured",
+    "upstream_image",
+}
+
+
+class Senses(NamedTuple):
+    """Sensitivities other than MFIP's, for the images of test."""
+
+    learned: dict[str, np.ndarray]  # channels, objectness, ap: [n, 5], what ridges from other inputs or labels predict
+    activity: dict[str, tuple[np.ndarray, np.ndarray]]  # variance, gradient: of fit [m, 5] and of test [n, 5]
+
+
+def described_rows() -> pd.DataFrame:
+    """`ROWS` as a table: part, method, description, sees_labels, reference: the whole method it is compared with."""
+    rows = [
+        (part, name, text, name in SEES_LABELS, SKIPPING if name.endswith("_skip") and name != SKIPPING else WHOLE)
+        for part, names in ROWS.items()
+        for name, text in names.items()
+    ]
+    return pd.DataFrame(rows, columns=["part", "method", "description", "sees_labels", "reference"])
+
+
+def variants(
+    fit: Curves, test: Curves, model: dict, importance: Importance, senses: Senses, precode: int, seed: int
+) -> dict[str, Choose]:
+    """Curves, `fit_scales`, predictions for test -> a choice for each method of `ROWS`, in its order.
+
+    The labels of test reach those of SEES_LABELS only.
+    """
+    main = label_free(test.bits, test.pixels, model, importance, precode) | label_aware(test, model)
+    found = (
+        main
+        | weights_of_closed_form(test.pixels, model, seed)
+        | sensitivities(fit, test, model, importance, senses, precode, seed)
+        | other_bits(test.bits, model, importance.sensitivity)
+        | skipping(test, model, importance.sensitivity, precode)
+        | {"static_smooth": _static_smooth(model, len(test.bits)), "upstream_image": upstream_image(test)}
+    )
+    return {name: found[name] for names in ROWS.values() for name in names}
+
+
+def weights_of_closed_form(pixels: np.ndarray, model: dict, seed: int) -> dict[str, Choose]:
+    """`mfiba_closed_form` with weights [n, 5] that tell nothing of the image."""
+    n, k = len(pixels), len(model["mean"][SCALES[0]]["bits"])
+    alpha, beta = column(model, "power", "alpha"), column(model, "power", "beta")
+    slope, offset = column(model, "rate_phi", "a"), column(model, "rate_phi", "b")
+    weights = {
+        "closed_form_equal": np.full((n, len(SCALES)), 1 / len(SCALES)),
+        "closed_form_random": np.random.default_rng(seed).dirichlet(np.ones(len(SCALES)), n),
+        "closed_form_mean": np.tile(column(model, "label", "mean"), (n, 1)),
+    }
+
+    rho = pixels / pixels[:, :1]
+
+    def choose(w: np.ndarray) -> Choose:
+        return lambda lambda_prime: mfiba_closed_form(w, alpha, beta, rho, slope, offset, k, lambda_prime)
+
+    return {name: choose(w) for name, w in weights.items()}
+
+
+def sensitivities(
+    fit: Curves, test: Curves, model: dict, importance: Importance, senses: Senses, precode: int, seed: int
+) -> dict[str, Choose]:
+    """`mfiba` with sensitivities [n, 5] from elsewhere; "ap": the losses of the qualities are mean AP drops, too."""
+    precoded = test.bits[:, :, precode]
+    found = {
+        "one": np.ones_like(precoded),
+        "permuted": of_another_image(importance.sensitivity, seed),
+        "bits": relative(fit.bits[:, :, precode], precoded),
+        **{name: relative(*activity) for name, activity in senses.activity.items()},
+        **senses.learned,
+        "measured": measured(test, model),
+    }
+    choices = {f"sensitivity_{name}": mfiba(k, precoded, model, precode) for name, k in found.items()}
+    ap_loss = senses.learned["ap"][:, :, None] * mean_loss(drops(fit))
+    return choices | {"sensitivity_ap": priced(ap_loss, predicted_bits(precoded, model["rate"], precode))}
+
+
+def other_bits(bits: np.ndarray, model: dict, sensitivity: np.ndarray) -> dict[str, Choose]:
+    """`mfiba` that knows less, or more, of the bits [n, 5, K] of its qualities."""
+    loss = sensitivity[:, :, None] * column(model, "mean", "loss")
+    mean_bits = np.broadcast_to(column(model, "mean", "bits"), bits.shape)
+    return {"bits_mean": priced(loss, mean_bits), "bits_real": priced(loss, bits)}
+
+
+def skipping(test: Curves, model: dict, sensitivity: np.ndarray, precode: int) -> dict[str, Choose]:
+    """`mfiba_skip` that must skip pool and only pool, or all but pool; and with a perfect predictor."""
+    precoded = test.bits[:, :, precode]
+    loss, skipped = (sensitivity[:, :, None] * column(model, "mean", name) for name in ("loss", "loss_skipped"))
+    bits = predicted_bits(precoded, model["rate"], precode)
+    is_pool = (np.arange(len(SCALES)) == POOL)[:, None]
+    sent = np.where(is_pool, np.inf, loss)  # an infinite loss forbids
+    skipped_pool, skipped_others = np.where(is_pool, skipped, np.inf), np.where(is_pool, np.inf, skipped)
+    return {
+        "pool_skip": lambda lambda_prime: with_skipping(sent, skipped_pool, bits, lambda_prime),
+        "coded_pool_skip": lambda lambda_prime: with_skipping(loss, skipped_others, bits, lambda_prime),
+        "measured_skip": mfiba_skip(measured(test, model), precoded, model, precode),
+    }
+
+
+def upstream_image(test: Curves) -> Choose:
+    """`upstream` with a_ns, b_ns of the image's own drops, drop ~ a_ns * bpp_plane**b_ns, in place of weights.
+
+    The authors' image-specific option; what a drop is worth is in a_ns, so all weights are 1. Images without label or
+    with clean AP <= 0 take the lowest quality. b is bounded as in `fit_power`; the authors' b <= 0 need not converge.
+    """
+    drop = np.where(test.drop < IMAGE_NOISE_FLOOR, 0.0, test.drop)
+    usable = test.clean > 0
+    a, b = np.ones(test.pixels.shape), -np.ones(test.pixels.shape)
+    one = np.ones(1)
+    for n, s in np.ndindex(a.shape):
+        if usable[n]:
+            a[n, s], b[n, s], _ = solve_power(one, drop[n, s, None], test.bpp_plane[n, s, None])
+    weights = np.where(usable[:, None], np.ones(len(SCALES)), np.nan)
+    return lambda lam: upstream(weights, a, b, test.bpp_plane, lam)
+
+
+def priced(loss: np.ndarray, bits: np.ndarray) -> Choose:
+    """argmin_q loss[q] + lambda' * bits[q] per image and scale; both [n, 5, K], as a sender believes them to be."""
+    return lambda lambda_prime: oracle(loss, bits, lambda_prime)
+
+
+def of_another_image(values: np.ndarray, seed: int) -> np.ndarray:
+    """Rows [n, 5] in an order in which none is at its place (n > 1)."""
+    order = np.random.default_rng(seed).permutation(len(values))
+    shuffled = np.empty_like(values)
+    shuffled[order] = values[np.roll(order, 1)]
+    return shuffled
+
+
+def relative(fit: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """[m, 5], [n, 5] >= 0 -> test over the mean of fit; 1 for a scale where that is 0."""
+    mean = fit.mean(0)
+    return np.where(mean > 0, test / np.where(mean > 0, mean, 1), 1.0)
+
+
+def measured(test: Curves, model: dict) -> np.ndarray:
+    """What a perfect MFIP would say, [n, 5]: how many times the mean losses of fit the image loses."""
+    mean = np.concatenate([column(model, "mean", name) for name in ("loss", "loss_skipped")], 1)
+    return np.maximum(sensitivity_to(mean, np.concatenate([test.loss, test.loss_skipped], 2)), 0)
+
+
+def drops(curves: Curves) -> np.ndarray:
+    """Drops of AP [n, 5, K]; 0 without ground truth: nothing to lose, as for the smooth loss."""
+    return np.where(curves.labelled[:, None, None], curves.drop, 0.0)
+
+
+def rate_control(
+    bits: np.ndarray, model: dict, sensitivity: np.ndarray, precode: int, points: int, header: int
+) -> pd.DataFrame:
+    """Asked mean bits per image -> those reached with one lambda' for the split: method, bits, asked, reached, error.
+
+    `bits`: by which of them lambda' was found, "predicted" from one precoding, all that a sender knows, or "real".
+    error = reached / asked - 1. Asked are the rates between those of the lowest and the highest quality for all, as in
+    the operating points; bits [n, 5, K], `header` bits more for every image.
+    """
+    precoded = bits[:, :, precode]
+    known = {"predicted": predicted_bits(precoded, model["rate"], precode), "real": bits}
+    rows = []
+    for method, build in (("mfiba", mfiba), ("mfiba_skip", mfiba_skip)):
+        choose = build(sensitivity, precoded, model, precode)
+        for asked in rate_targets(bits, points)[1:-1]:
+            for name, believed in known.items():
+                (point,) = operating_points(choose, believed, asked[None])
+                whole, reached = header + asked, header + mean_bits_per_image(point.phi, bits)
+                rows.append((method, name, whole, reached, reached / whole - 1))
+    return pd.DataFrame(rows, columns=["method", "bits", "asked", "reached", "error"])
+
+
+def _static_smooth(model: dict, n: int) -> Choose:
+    losses, bits = column(model, "mean", "loss"), column(model, "mean", "bits")
+    return lambda lambda_prime: np.tile(static(losses, bits, lambda_prime), (n, 1))

@@ -1,0 +1,392 @@
+"""Variants lack the part that their row names and nothing else; no label reaches those that may not see one."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from pycocotools.coco import COCO
+from pytest import approx
+
+from stages import report
+from stages.lib import ablation, ablation_tables, figures, mfip, sizes, tables
+from stages.lib.ablation import ROWS, SEES_LABELS, Senses, rate_control, variants
+from stages.lib.accuracy import Matches, average_precision, merge
+from stages.lib.allocation import Importance, allocate, allocation_table, column, mean_bits_per_image
+from stages.lib.loss_rate import Curves, fit_scales, mean_loss, predicted_bits, sensitivity_labels
+from stages.lib.params import SCALES, SKIPPED, InputError, check_params
+from stages.lib.senses import score_gradients
+
+K, PRECODE, SEED = 4, 1, 3
+PRICES = 10.0 ** np.linspace(-9, 2, 45)
+POOL = SCALES.index("pool")
+PARAMS = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
+
+
+def make_curves(seed: int, n: int = 24) -> Curves:
+    """Images whose losses fall with quality, the more the higher their sensitivity; bits with a rate model."""
+    rng = np.random.default_rng(seed)
+    pixels = np.tile([65536.0, 16384, 4096, 1024, 256], (n, 1))
+    rate = np.geomspace(0.2, 3, K) * rng.uniform(0.6, 1.6, (n, 5, 1))
+    rate *= np.exp(rng.normal(0, 0.1, rate.shape))  # beyond what one precoding tells
+    sensitivity = rng.gamma(2, 0.5, (n, 5, 1))
+    loss = np.array([0.5, 0.4, 0.3, 0.2, 0.1])[:, None] * np.geomspace(1, 0.05, K) * sensitivity
+    loss += rng.normal(0, 0.005, loss.shape)
+    skipped = np.concatenate([2 * loss.max(2, keepdims=True), np.repeat(1.5 * loss.max(2, keepdims=True), K, 2)], 2)
+    drop = loss / 3 + rng.normal(0, 0.02, loss.shape)
+    bits = np.round(rate * pixels[:, :, None])
+    return Curves(np.arange(n) + 5, drop, loss, skipped, rng.uniform(0.3, 0.9, n), bits, pixels, rate**-1.0)
+
+
+@pytest.fixture(scope="module")
+def fit() -> Curves:
+    return make_curves(0, 60)
+
+
+@pytest.fixture(scope="module")
+def test() -> Curves:
+    return make_curves(1)
+
+
+@pytest.fixture(scope="module")
+def model(fit) -> dict:
+    return fit_scales(fit, PRECODE)
+
+
+@pytest.fixture(scope="module")
+def importance(test) -> Importance:
+    rng = np.random.default_rng(2)
+    return Importance(rng.dirichlet(np.ones(5), len(test.bits)), rng.uniform(0.1, 3, test.pixels.shape))
+
+
+@pytest.fixture(scope="module")
+def senses(fit, test) -> Senses:
+    rng = np.random.default_rng(4)
+    learned = {name: rng.uniform(0.1, 3, test.pixels.shape) for name in ("channels", "objectness", "ap")}
+    activity = {
+        name: (rng.uniform(0.1, 3, fit.pixels.shape), rng.uniform(0.1, 3, test.pixels.shape))
+        for name in ("variance", "gradient")
+    }
+    return Senses(learned, activity)
+
+
+@pytest.fixture(scope="module")
+def methods(fit, test, model, importance, senses) -> dict:
+    return variants(fit, test, model, importance, senses, PRECODE, SEED)
+
+
+def chosen(choose) -> np.ndarray:
+    return np.stack([choose(price) for price in PRICES])  # [prices, n, 5]
+
+
+def test_every_row_has_a_method_once(methods):
+    names = [name for part in ROWS.values() for name in part]
+    assert list(methods) == names and len(set(names)) == len(names)
+    described = ablation.described_rows()
+    assert described["method"].tolist() == names
+    assert set(described.loc[described["sees_labels"], "method"]) == SEES_LABELS < set(names)
+
+
+def test_the_main_methods_are_those_of_allocate(methods, test, model, importance):
+    main = allocate(test, model, importance, PRECODE, 6)
+    names = list(dict.fromkeys(main["method"]))[1:]
+    table = allocation_table({name: methods[name] for name in names}, test, 6)
+    assert set(names) <= set(methods)
+    for name in names:
+        wanted, found = (frame[frame["method"] == name].reset_index(drop=True) for frame in (main, table))
+        pd.testing.assert_frame_equal(wanted, found)
+
+
+def test_labels_of_test_reach_only_those_that_say_so(fit, test, model, importance, senses, methods):
+    order = np.roll(np.arange(len(test.bits)), 1)
+    names = ("drop", "loss", "loss_skipped", "clean")
+    shuffled = test._replace(**{name: getattr(test, name)[order] for name in names})
+    others = variants(fit, shuffled, model, importance, senses, PRECODE, SEED)
+    changed = {name for name in methods if not np.array_equal(chosen(methods[name]), chosen(others[name]))}
+    assert changed == SEES_LABELS
+
+
+def test_real_bits_and_a_perfect_predictor_are_a_direct_argmin(fit, test, model, senses):
+    mean = mean_loss(fit.loss)
+    k = ablation.measured(test, model)
+    known = variants(fit, test, model, Importance(np.full(k.shape, 0.2), k), senses, PRECODE, SEED)
+    for price in PRICES:
+        direct = (k[:, :, None] * mean + price * test.bits).argmin(2)
+        assert np.array_equal(known["bits_real"](price), direct)
+    assert np.array_equal(chosen(known["mfiba"]), chosen(known["sensitivity_measured"]))
+    assert np.array_equal(chosen(known["mfiba_skip"]), chosen(known["measured_skip"]))
+
+
+def test_without_precoding_all_images_of_one_sensitivity_get_one_vector(fit, test, model, senses, methods):
+    alike = Importance(np.full(test.pixels.shape, 0.2), np.ones(test.pixels.shape))
+    known = variants(fit, test, model, alike, senses, PRECODE, SEED)
+    phi = chosen(known["bits_mean"])
+    assert (phi == phi[:, :1]).all() and np.array_equal(phi, chosen(known["static_smooth"]))
+    assert np.array_equal(chosen(known["mfiba"]), chosen(methods["sensitivity_one"]))
+    assert np.array_equal(chosen(known["mfiba_closed_form"]), chosen(methods["closed_form_equal"]))
+    phi = chosen(methods["sensitivity_one"])
+    assert (phi != phi[:, :1]).any()  # the bits are the image's
+
+
+def test_every_other_sensitivity_changes_the_choice(methods):
+    found = {name: chosen(methods[name]).tobytes() for part in ROWS.values() for name in part}
+    assert len(set(found.values())) == len(found)
+
+
+def test_random_variants_follow_the_seed(fit, test, model, importance, senses, methods):
+    again, other = (variants(fit, test, model, importance, senses, PRECODE, seed) for seed in (SEED, SEED + 1))
+    different = {n for n in methods if not np.array_equal(chosen(methods[n]), chosen(other[n]))}
+    assert different == {"closed_form_random", "sensitivity_permuted"}
+    assert all(np.array_equal(chosen(methods[n]), chosen(again[n])) for n in methods)
+
+
+def test_no_image_keeps_its_own_sensitivity():
+    values = np.arange(35.0).reshape(7, 5)
+    shuffled = ablation.of_another_image(values, 0)
+    assert (shuffled != values).all()
+    assert np.array_equal(np.sort(shuffled[:, 0]), values[:, 0])
+    assert np.array_equal(np.diff(shuffled, axis=1), np.ones((7, 4)))  # rows stay whole
+
+
+def test_relative_is_one_on_the_average_of_fit():
+    fit = np.array([[1.0, 0, 2], [3, 0, 4]])
+    assert ablation.relative(fit, fit).mean(0) == approx([1, 1, 1])
+    assert ablation.relative(fit, np.array([[4.0, 0, 1.5]])) == approx(np.array([[2, 1, 0.5]]))
+
+
+def test_pool_is_always_skipped_or_never(methods, test, model, importance):
+    pool, fine = chosen(methods["pool_skip"]), chosen(methods["coded_pool_skip"])
+    others = np.arange(5) != POOL
+    assert (pool[..., POOL] == SKIPPED).all() and (pool[..., others] != SKIPPED).all()
+    assert (fine[..., POOL] != SKIPPED).all() and (fine[..., others] == SKIPPED).any()
+    # The least cost of all K**4 choices of an image, by hand.
+    k, price, image = importance.sensitivity[0], PRICES[10], 0
+    loss, skipped = (k[:, None] * column(model, "mean", name) for name in ("loss", "loss_skipped"))
+    bits = predicted_bits(test.bits[:, :, PRECODE], model["rate"], PRECODE)[image]
+    costs = {
+        phi: sum(loss[s, q] + price * bits[s, q] for s, q in enumerate(phi)) + skipped[POOL, 1 + phi[3]]
+        for phi in np.ndindex(*(K,) * 4)
+    }
+    assert tuple(methods["pool_skip"](price)[image, others].astype(int)) == min(costs, key=costs.get)
+
+
+def test_a_power_law_of_the_image_is_found_and_decides():
+    test = make_curves(5, 6)
+    a, b = np.full((6, 5), 0.1), np.full((6, 5), -1.0)
+    a[0] *= 8
+    test = test._replace(drop=a[:, :, None] * test.bpp_plane ** b[:, :, None], bits=np.tile(test.bits[:1], (6, 1, 1)))
+    test = test._replace(drop=a[:, :, None] * test.bpp_plane ** b[:, :, None])
+    test.clean[5] = 0
+    phi = chosen(ablation.upstream_image(test))
+    assert (phi[:, 0] >= phi[:, 1]).all() and (phi[:, 0] > phi[:, 1]).any()
+    assert np.array_equal(phi[:, 1], phi[:, 2])
+    assert (phi[:, 5] == 0).all()
+
+
+def test_asked_bits_are_reached_exactly_where_they_are_known(test, model):
+    exact = copy.deepcopy(model)
+    ratio = test.bits.mean(0) / test.bits.mean(0)[:, PRECODE, None]  # [5, K]
+    for s, scale in enumerate(SCALES):
+        exact["rate"][scale] |= {"slope": [1.0] * K, "offset": np.log(ratio[s]).tolist()}
+    bits = test.bits[:, :, PRECODE, None] * ratio
+    sensitivity = np.random.default_rng(0).uniform(0.5, 2, test.pixels.shape)
+    found = rate_control(bits, exact, sensitivity, PRECODE, 6, 100)
+    by_bits = {name: rows.drop(columns="bits").reset_index(drop=True) for name, rows in found.groupby("bits")}
+    pd.testing.assert_frame_equal(by_bits["predicted"], by_bits["real"])
+    assert found["error"].between(-0.05, 1e-9).all()
+    lowest, highest = (100 + mean_bits_per_image(np.full(test.pixels.shape, q), bits) for q in (0, K - 1))
+    assert found["asked"].between(lowest, highest, inclusive="neither").all()
+    assert (found["reached"] / found["asked"] - 1).to_numpy() == approx(found["error"].to_numpy())
+    halved = rate_control(bits * np.where(np.arange(K) == PRECODE, 1, 2), exact, sensitivity, PRECODE, 6, 100)
+    assert halved.loc[halved["bits"] == "predicted", "error"].abs().max() > 0.2  # a wrong rate model shows
+
+
+# ---- sensitivities from other inputs ----
+
+CHANNELS = 3
+
+
+def described(seed: int, n: int) -> np.ndarray:
+    statistics = np.random.default_rng(seed).gamma(2, 1, (n, 5, 3 * CHANNELS + mfip.OBJECTNESS))
+    return statistics.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def learned() -> SimpleNamespace:
+    fit, test = described(0, 60), described(1, 12)
+    loss = (fit[:, :, 0] + fit[:, :, -1])[:, :, None] * np.array([0.3, 0.1])
+    labels = sensitivity_labels(loss, loss[:, :, [0, 0, 1]])
+    params = {"channels": 4, "epochs": 1, "lr": 1e-3, "validation": 0.2}
+    ids = list(range(60))
+    weights = dict.fromkeys(ids, np.full(5, 0.2))
+    with pytest.warns(UserWarning):
+        trained = mfip.train([(ids, fit)], weights, dict(zip(ids, labels, strict=True)), params, 0)
+    return SimpleNamespace(fit=fit, test=test, labels=labels, model=trained.model)
+
+
+def predicted(learned: SimpleNamespace, test: np.ndarray, kinds) -> np.ndarray:
+    return mfip.learned_sensitivity(learned.model, learned.fit, learned.labels, test, kinds)
+
+
+def test_both_kinds_of_numbers_give_the_sensitivity_of_the_method(learned):
+    with torch.no_grad():
+        wanted = learned.model(torch.from_numpy(learned.test))[1].numpy()
+    assert predicted(learned, learned.test, mfip.INPUTS) == approx(wanted, rel=1e-4)
+    assert wanted.std(0).min() > 0.01
+
+
+@pytest.mark.parametrize(("kind", "other"), [("channels", "objectness"), ("objectness", "channels")])
+def test_a_ridge_sees_only_its_own_kind_of_numbers(learned, kind, other):
+    moved, blind = learned.test.copy(), learned.test.copy()
+    moved[:, :, mfip.INPUTS[kind]] += 1
+    blind[:, :, mfip.INPUTS[other]] += 1
+    before = predicted(learned, learned.test, [kind])
+    assert np.array_equal(before, predicted(learned, blind, [kind]))
+    assert not np.allclose(before, predicted(learned, moved, [kind]))
+
+
+def test_variance_is_that_of_the_maps():
+    pyramid = {scale: torch.randn(2, CHANNELS, 8 - s, 6) * (1 + s) for s, scale in enumerate(SCALES)}
+    statistics = mfip.describe(pyramid, lambda maps: ([part[:, :2] for part in maps], None)).numpy()
+    wanted = [pyramid[scale].var((2, 3), correction=0).mean(1).numpy() for scale in SCALES]
+    assert mfip.variance(statistics) == approx(np.stack(wanted, 1), rel=1e-4)
+
+
+def test_gradients_are_those_of_the_scores():
+    """A box head whose one logit is a known linear function of scales 0 and 2: the score is its sigmoid."""
+    slope = {"0": 0.3, "2": -0.02}
+
+    def linear(pyramid, proposals, shapes):
+        return sum(c * pyramid[scale].flatten(1).sum(1) for scale, c in slope.items())
+
+    heads = SimpleNamespace(
+        box_roi_pool=linear,
+        box_head=lambda x: x,
+        box_predictor=lambda x: (torch.stack([torch.zeros_like(x), x], 1), None),
+    )
+    model = SimpleNamespace(rpn=lambda images, pyramid: ([None] * len(images.image_sizes), {}), roi_heads=heads)
+    torch.manual_seed(0)
+    pyramid = {scale: torch.randn(2, 2, 6 - s, 6 - s) / 9 for s, scale in enumerate(SCALES)}
+    sizes_ = [SimpleNamespace(resized=(24, 24), padded=(24, 24))] * 2
+    found = score_gradients(model, pyramid, sizes_)
+    score = torch.sigmoid(linear(pyramid, None, None))
+    for s, scale in enumerate(SCALES):
+        wanted = score * (1 - score) * abs(slope.get(scale, 0)) * (2 * (6 - s) ** 2) ** 0.5
+        assert found[:, s].numpy() == approx(wanted.numpy(), rel=1e-4)
+
+
+# ---- sizes of objects ----
+
+
+def random_matches(n: int, seed: int) -> Matches:
+    rng = np.random.default_rng(seed)
+    image, category = rng.integers(0, n, 80), rng.integers(0, 3, 80)
+    order = np.lexsort((image, category))
+    return Matches(
+        np.arange(n) * 2,
+        image[order],
+        category[order],
+        rng.permutation(80) / 80,
+        rng.random((80, 10)) < 0.5,
+        rng.random((80, 10)) < 0.1,
+        rng.integers(0, 5, (n, 3)),
+        rng.random(n),
+    )
+
+
+def test_images_of_a_mask_count_as_if_the_others_had_weight_zero():
+    matches = random_matches(12, 0)
+    keep = np.arange(12) % 3 == 1
+    part, rest = sizes.of_images(matches, keep), sizes.of_images(matches, ~keep)
+    assert part.image_ids.tolist() == [2, 8, 14, 20]
+    assert average_precision(part) == approx(average_precision(matches, keep[None]))
+    assert average_precision(merge([part, rest])) == approx(average_precision(matches))
+
+
+def test_sizes_are_terciles_of_the_median_area():
+    truth = COCO()
+    areas = [[10, 30, 20], [], [50], [1, 3], [40, 40], [90], [60]]
+    truth.dataset = {
+        "images": [{"id": i, "height": 10, "width": 20} for i in range(len(areas))],
+        "categories": [{"id": 1}],
+        "annotations": [
+            {"id": 100 * i + k, "image_id": i, "category_id": 1, "area": area, "iscrowd": 0}
+            for i, found in enumerate(areas)
+            for k, area in enumerate(found)
+        ]
+        + [{"id": 999, "image_id": 1, "category_id": 1, "area": 150, "iscrowd": 1}],
+    }
+    truth.createIndex()
+    found = sizes.object_areas(truth, np.arange(len(areas)))
+    assert found == approx(np.array([20, np.nan, 50, 2, 40, 90, 60]) / 200, nan_ok=True)
+    groups = {name: np.flatnonzero(mask).tolist() for name, mask in sizes.by_size(found).items()}
+    assert groups == {"small": [0, 3], "medium": [2, 4], "large": [5, 6]}
+
+
+# ---- report ----
+
+
+def evaluation() -> tuple[pd.DataFrame, pd.DataFrame]:
+    rng = np.random.default_rng(0)
+    points, resamples = [], []
+    bits = np.geomspace(1e3, 1e4, 6)
+    for method, factor in {"none": 0, "uniform": 1, **{name: 0.7 for part in ROWS.values() for name in part}}.items():
+        factor = 0.5 if method == "mfiba" else factor
+        for point, b in enumerate(bits[:1] if method == "none" else bits):
+            accuracy = 0.6 * (1 - (500 / b) ** 0.9)
+            points.append(("detection", "elic", method, point, 9, factor * b, 1.0, accuracy, "box AP", "test"))
+            noise = rng.normal(0, 1e-4, 8)
+            resamples += [(method, point, r, factor * b, accuracy + noise[r]) for r in range(8)]
+    return pd.DataFrame(points, columns=report.RD_POINTS), pd.DataFrame(resamples, columns=report.RESAMPLES)
+
+
+def size_rows() -> pd.DataFrame:
+    rows = []
+    for n, size in enumerate(sizes.SIZES):
+        about = size, 40, 0.01 * n, 0.01 * n + 0.01
+        rows += [(*about, "bd_rate", m, -20.0 - n, -25, -15) for m in sizes.METHODS]
+        rows += [(*about, q, s, 0.2 + n, np.nan, np.nan) for q in ("weight", "sensitivity") for s in SCALES]
+    return pd.DataFrame(rows, columns=report.ABLATION["sizes"])
+
+
+def test_the_report_says_of_each_variant_what_it_is_saves_and_lacks(tmp_path, test, model):
+    table = ablation_tables.ablation(*evaluation(), ablation.described_rows())
+    assert table["method"].tolist() == [name for part in ROWS.values() for name in part]
+    found = table.set_index("method")
+    assert found.loc["bits_mean", "bd_rate_pchip"] == approx(-30) and found.loc["mfiba", "bd_rate_pchip"] == approx(-50)
+    assert found.loc["bits_mean", "difference"] == approx(-20) and np.isnan(found.loc["mfiba", "difference"])
+    assert found.loc["pool_skip", "difference"] == approx(0)  # of mfiba_skip, which is no better
+    assert found.loc["mfiba_skip", "difference"] == approx(-20)
+    rates = rate_control(test.bits, model, np.ones(test.pixels.shape), PRECODE, 6, 0)
+    written = ablation_tables.ablation_tables(table, {"detection-elic": size_rows()}, {"detection-elic": rates})
+    markdown, latex = tables.markdown(written), tables.latex(written, "ablation")
+    for part, names in ROWS.items():
+        assert f"| {part}:" in markdown
+        for name, text in names.items():
+            star = " *" if name in SEES_LABELS else " "
+            assert f"| {name}{star}" in markdown and text in markdown
+    assert latex.count(r"\begin{table*}") == len(written) == 1 + 3 + 1
+    for name in ("a", "b"):
+        figures.size_figure(tmp_path / name, "detection-elic", size_rows())
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+# ---- params ----
+
+
+@pytest.mark.parametrize(
+    ("studies", "says"),
+    [
+        ({"detection-vvc": {}}, "studies.detection-vvc.*not in cells"),
+        ({"detection-elic": PARAMS["cells"]["detection-tcm"]}, r"studies.detection-elic.*\*detection-elic"),
+        (["detection-elic"], "studies.*a mapping"),
+    ],
+)
+def test_a_study_is_one_of_the_cells(studies, says):
+    with pytest.raises(InputError, match=says):
+        check_params(PARAMS | {"studies": studies})
+    check_params(PARAMS | {"studies": {}})
