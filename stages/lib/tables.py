@@ -25,7 +25,7 @@ from stages.lib.params import SCALES, TASKS, InputError
 ANCHOR, UNCODED = "uniform", "none"
 CODEC_ANCHOR = "hevc"
 # They need the labels of the images that are evaluated.
-LABEL_AWARE = ("upstream_measured", "oracle", "oracle_skip", "oracle_joint", "oracle_skip_joint")
+LABEL_AWARE = ("upstream_measured", "oracle", "oracle_skip", "oracle_joint", "oracle_skip_joint", "oracle_mirrored")
 PAPER = {  # arXiv 2503.19278, abstract; percent
     "elic": {"detection": -38.202, "segmentation": -17.212, "keypoints": -36.492},
     "tcm": {"detection": -18.103, "segmentation": -19.866, "keypoints": -19.597},
@@ -111,10 +111,10 @@ def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = A
     return pd.DataFrame(rows, columns=BD_RATE)
 
 
-def paired(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
-    """points.csv and bootstrap.csv of one cell -> BD-rate of `mfiba` minus that of every other method, one row each.
+def paired(points: pd.DataFrame, resamples: pd.DataFrame, hero: str = HERO) -> pd.DataFrame:
+    """points.csv and bootstrap.csv of one cell -> BD-rate of `hero` minus that of every other method, one row each.
 
-    Percentage points, negative: `mfiba` saves more. Both BD-rates of a resample come from the same images; the interval
+    Percentage points, negative: `hero` saves more. Both BD-rates of a resample come from the same images; the interval
     is that of their difference, NaN where more than half of the resamples have none. Columns task, codec, method,
     other, difference, ci_low, ci_high.
     """
@@ -127,11 +127,11 @@ def paired(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
     }
     task, codec = points[["task", "codec"]].iloc[0]
     rows = []
-    for other in names if HERO in names else ():
-        if other != HERO:
-            difference = deltas[HERO] - deltas[other]
+    for other in names if hero in names else ():
+        if other != hero:
+            difference = deltas[hero] - deltas[other]
             low, high, _ = interval_of(difference)
-            rows.append((task, codec, HERO, other, found[HERO].pchip - found[other].pchip, low, high))
+            rows.append((task, codec, hero, other, found[hero].pchip - found[other].pchip, low, high))
     return pd.DataFrame(rows, columns=["task", "codec", "method", "other", "difference", "ci_low", "ci_high"])
 
 
