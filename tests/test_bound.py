@@ -3,12 +3,14 @@
 import io
 import zlib
 from contextlib import redirect_stdout
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from pycocotools.coco import COCO
 from pytest import approx
 
@@ -42,7 +44,7 @@ from stages.lib.learned import Coded
 from stages.lib.loss_rate import Curves
 from stages.lib.measuring import Choices, bits_of, evaluate, tabulate, truths
 from stages.lib.models import Sizes
-from stages.lib.params import SCALES, SKIPPED
+from stages.lib.params import SCALES, SKIPPED, InputError, check_params
 from stages.lib.planes import Packing
 from stages.lib.tables import latex, markdown
 
@@ -492,3 +494,10 @@ def test_the_figure_of_additivity_is_the_same_again(study, tmp_path):
         additivity_figure(tmp_path / name, "detection", "elic", parts_of(study.additivity))
     for suffix in ("svg", "png"):
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+def test_a_study_of_an_unknown_cell_is_refused():
+    params = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
+    check_params(params)
+    with pytest.raises(InputError, match=r"studies\[1\] is 'detection-vvc'"):
+        check_params(params | {"studies": [*params["studies"], "detection-vvc"]})
