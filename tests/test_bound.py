@@ -25,6 +25,7 @@ from stages.lib.bound import (
     allocation_of,
     bits_at,
     bound,
+    choose_on,
     coded_mirrored,
     cost_of,
     descend,
@@ -33,15 +34,17 @@ from stages.lib.bound import (
     joint_loss,
     random_tuples,
 )
-from stages.lib.bound_tables import describe, parts_of
+from stages.lib.bound_tables import PEERS, Study, bound_tables, describe, parts_of
 from stages.lib.coding import FeatureCodec, pyramid_shapes, write_coded
 from stages.lib.features import Features, write_features
+from stages.lib.figures import additivity_figure
 from stages.lib.learned import Coded
 from stages.lib.loss_rate import Curves
 from stages.lib.measuring import Choices, bits_of, evaluate, tabulate, truths
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, SKIPPED
 from stages.lib.planes import Packing
+from stages.lib.tables import latex, markdown
 
 N, K = 6, 4
 IDS = np.array([3, 4, 8, 10, 11, 30])
@@ -161,6 +164,16 @@ def test_points_descend_each_at_its_own_price_and_only_some_may_skip(curves):
     assert all((phi == 1).all() for phi in start.values())  # what was given is left alone
 
 
+def test_choosing_on_additive_losses_is_the_oracle(curves):
+    loss, skipped = (np.dstack([table, np.zeros((N, 5))]) for table in curves[2:4])  # quality K: uncoded
+    alone = additive(curves._replace(loss=loss, loss_skipped=skipped))
+    found = choose_on(alone, IDS[1:4].tolist(), PRICES, curves)
+    for p, price in enumerate(PRICES):
+        expected = oracle(curves.loss[1:4], curves.bits[1:4], price)
+        assert np.array_equal([phi[p] for phi in found.values()], expected)
+    assert list(found) == IDS[1:4].tolist()
+
+
 def test_no_tuple_is_cheaper_than_the_optimum(curves):
     table = enumerate_tuples(IDS[1:3], PRICES, curves, rugged)
     assert table[["image_id", "lambda_prime"]].drop_duplicates().shape == (6, 2) and len(table) == 6
@@ -261,7 +274,7 @@ class Rounding:
         return int(lmbda)
 
     def encode(self, planes: torch.Tensor, level: int) -> list[Coded]:
-        rows = torch.arange(planes.shape[2])[:, None] % 2
+        rows = torch.arange(planes.shape[2])[:, None] // 2 % 2  # of feature maps: quilts of 2 x 2 channels
         symbols = (planes * level + 0.8 * rows).floor().clip(0, level).byte()
         strings = [zlib.compress(s.numpy().tobytes()) for s in symbols]
         return [Coded(string, 1, 0.0, s / level) for string, s in zip(strings, symbols, strict=True)]
@@ -346,7 +359,15 @@ def run(world, truth):
 def test_bounds_are_evaluated_as_any_allocation_and_cost_no_more_than_their_starts(world, truth):
     found = run(world, truth)
     methods = found.allocation["method"].unique().tolist()
-    assert methods == ["uniform", "mfiba", "oracle", "oracle_skip", "oracle_joint", "oracle_skip_joint"]
+    assert methods == [
+        "uniform",
+        "mfiba",
+        "oracle",
+        "oracle_skip",
+        "oracle_joint",
+        "oracle_skip_joint",
+        "oracle_mirrored",
+    ]
     given = world.allocation[world.allocation["method"].isin(methods)]
     keys = ["method", "point", "image_id", "scale"]
     pd.testing.assert_frame_equal(
@@ -363,7 +384,7 @@ def test_bounds_are_evaluated_as_any_allocation_and_cost_no_more_than_their_star
 
     price = found.allocation.groupby(["method", "point"])["lambda_prime"].first()
     saved = []
-    for start, end in STARTS.items():
+    for end, start in STARTS.items():
         for p in range(3):
             before, after = (
                 -matches[name, p].utility
@@ -416,7 +437,58 @@ def test_what_differs_between_images_only_is_not_explained_within_them():
 
 def test_thirds_are_by_rate_and_of_tuples_that_send_all_scales():
     x = np.random.default_rng(0).random(300)
-    low, middle, high, skipping, everything = parts_of(tuples_of(x, x, x, 10)).values()
+    low, middle, high, skipping = parts_of(tuples_of(x, x, x, 10)).values()
     assert low["bits"].max() < middle["bits"].min() and middle["bits"].max() < high["bits"].min()
-    assert len(low) + len(middle) + len(high) + len(skipping) == len(everything) == 300
+    assert len(low) + len(middle) + len(high) + len(skipping) == 300
     assert set(skipping["kind"]) == {"skipping"} and "skipping" not in set(low["kind"]) | set(high["kind"])
+
+
+@pytest.fixture
+def study() -> Study:
+    """Every method has the accuracies of uniform, at a share of its bits; mirrored, bounds save no more."""
+    shares = {"uniform": 1, "mfiba": 0.8, "mfiba_skip": 0.5, "oracle": 0.6, "oracle_skip": 0.4}
+    shares |= {"oracle_joint": 0.55, "oracle_skip_joint": 0.35, "oracle_mirrored": 0.8}
+
+    def world(shares: dict[str, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
+        bits, accuracy = np.geomspace(1e3, 1e5, 6), np.linspace(0.2, 0.6, 6)
+        rows = [("none", 0, 0.0, 0.7)]
+        rows += [(name, p, share * bits[p], accuracy[p]) for name, share in shares.items() for p in range(6)]
+        points = pd.DataFrame(rows, columns=["method", "point", "bits_per_image", "accuracy"])
+        resamples = pd.concat([points.assign(resample=r) for r in range(3)])
+        return points.assign(task="detection", codec="elic"), resamples
+
+    rng = np.random.default_rng(0)
+    additive = rng.random(300)
+    enumeration = {"image_id": [1, 2, 1, 2], "lambda_prime": [1e-5, 1e-5, 1e-3, 1e-3]}
+    costs = {"additive": [2.0, 1, 4, 4], "descent": [1.5, 1, 4, 2], "optimum": [1.0, 1, 2, 2]}
+    unlucky = shares | {name: shares[peer] for name, peer in PEERS.items()}
+    return Study(
+        *world(shares),
+        *world(unlucky),
+        tuples_of(additive, additive, rng.random(300), 10),
+        pd.DataFrame(enumeration | costs),
+    )
+
+
+def test_tables_say_what_is_luck_and_what_additivity_costs(study):
+    found = bound_tables({("detection", "elic"): study})
+    files, mirrored, lead, enumeration, additivity = found
+    saved = {row[0].rstrip(" *"): float(row[1].split()[0]) for row in files.rows}
+    assert saved["oracle"] == approx(-40) and saved["oracle_skip_joint"] == approx(-65)
+    assert {row[0] for row in files.rows if row[0].endswith("*")} == {f"{name} *" for name in PEERS}
+    leads = {row[1]: [float(cell.split()[0]) for cell in row[3:]] for row in lead.rows}
+    assert leads["oracle"] == approx([20, 0]) and leads["oracle_skip_joint"] == approx([15, 0])
+    assert leads["oracle_mirrored"] == approx([0, 0])
+    assert [row[2:] for row in enumeration.rows] == [
+        ["1.500", "1.250", "1.000", "50.0 %", "25.0 %", "50%", "50%"],
+        ["4.000", "3.000", "2.000", "100.0 %", "50.0 %", "0%", "50%"],
+    ]
+    assert additivity.rows[-1][0] == "detection, elic: all" and additivity.rows[-1][5:8] == ["1.00", "1.00", "1.00"]
+    assert "oracle_joint" in markdown(found) and r"oracle\_joint" in latex(found, "bound")
+
+
+def test_the_figure_of_additivity_is_the_same_again(study, tmp_path):
+    for name in ("a", "b"):
+        additivity_figure(tmp_path / name, "detection", "elic", parts_of(study.additivity))
+    for suffix in ("svg", "png"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()

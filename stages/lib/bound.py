@@ -8,8 +8,9 @@ against its uncoded pyramid with all scales at their phi at once. `oracle` takes
     random tuples -> joint and additive loss      the assumption itself
 
 All of it needs the labels of the evaluated images: bounds, not methods. And a bound chooses on the very coding errors
-that it is scored with, so part of it is luck. Therefore all choices are scored a second time, on feature maps that were
-coded mirrored: the images, objects and qualities are the same, the errors others.
+that it is scored with, so part of it is luck. Therefore the feature maps are coded a second time, mirrored: the images,
+objects and qualities are the same, the errors others. Every choice is scored on these too, and `oracle_mirrored` is the
+additive choice on them, scored on the files.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from stages.lib.accuracy import Matches, match_variants, merge
-from stages.lib.allocation import with_skipping
+from stages.lib.allocation import oracle, with_skipping
 from stages.lib.coding import FeatureCodec
 from stages.lib.features import Features
 from stages.lib.loss_rate import Curves
@@ -49,13 +50,14 @@ from stages.lib.params import COARSER, SCALES, SKIPPED
 from stages.lib.planes import pack, unpack
 from stages.lib.prediction import Predictor
 
-STARTS = {"oracle": "oracle_joint", "oracle_skip": "oracle_skip_joint"}  # additive choice -> what descends from it
-BESIDE = ("uniform", "mfiba", "mfiba_skip", *STARTS)  # methods of the same tables
+STARTS = {"oracle_joint": "oracle", "oracle_skip_joint": "oracle_skip"}  # what descends -> from which additive choice
+PRICES = STARTS | {"oracle_mirrored": "oracle"}  # bound -> the method whose lambda' it takes
+BESIDE = ("uniform", "mfiba", "mfiba_skip", *STARTS.values())  # methods of the same tables
 SWEEPS = 2  # over the scales
 KINDS = ("any", "near", "skipping")  # of `random_tuples`
 TUPLES = 6  # of each kind, for each image
 SKIPPED_SHARE = 0.3  # of the scales of the last kind
-ENUMERATED = 24  # images of which all tuples are measured
+ENUMERATED = 12  # images of which all tuples are measured
 
 Loss = Callable[[np.ndarray, np.ndarray], np.ndarray]  # image ids [...], phi [..., 5] -> joint loss [...], in objects
 Cost = Callable[[np.ndarray], np.ndarray]  # phi [m, t, 5] -> [m, t]: t tuples of each of m problems
@@ -99,8 +101,9 @@ def bound(
     beside = allocation[allocation["method"].isin(BESIDE)]
     choices = choices_of(beside)
     price = beside.groupby(["method", "point"])["lambda_prime"].first()[choices.points].to_numpy()
-    starts = [p for name in STARTS for p, (method, _) in enumerate(choices.points) if method == name]
-    points = [*choices.points, *((STARTS[method], number) for method, number in (choices.points[p] for p in starts))]
+    bounds = [(name, p) for name, method in PRICES.items() for p in points_of(choices, method)]
+    points = [*choices.points, *((name, choices.points[p][1]) for name, p in bounds)]
+    all_prices = np.concatenate([price, price[[p for _, p in bounds]]])
     labelled = curves.image_ids[curves.labelled]  # the others have nothing to lose
     enumerated = labelled[:: -(-len(labelled) // ENUMERATED)]
 
@@ -113,12 +116,13 @@ def bound(
             for pyramids in (decoded, mirrored)
         )
         joint = descend_points(choices, price, image_ids, curves, loss)
-        phi = {i: np.concatenate([choices.phi[i], joint[i]]) for i in image_ids}
+        lucky = choose_on(loss_mirrored, image_ids, price[points_of(choices, "oracle")], curves)
+        phi = {i: np.concatenate([choices.phi[i], joint[i], lucky[i]]) for i in image_ids}
         return _Part(
             phi,
             *(joint_matches(detector, maps, *args, Choices(points, phi)) for maps in (decoded, mirrored)),
             additivity(np.intersect1d(image_ids, labelled), curves, loss, loss_mirrored, seed),
-            enumerate_tuples(np.intersect1d(image_ids, enumerated), price[starts], curves, loss),
+            enumerate_tuples(np.intersect1d(image_ids, enumerated), all_prices[len(price) :], curves, loss),
         )
 
     parts = over_batches(study, features, f"bound {task}")
@@ -131,7 +135,7 @@ def bound(
         return tabulate(Choices(points, phi), by_point, bits, features, names, resamples, seed)
 
     return Bound(
-        allocation_of(points, np.concatenate([price, price[starts]]), phi),
+        allocation_of(points, all_prices, phi),
         evaluated([part.matches for part in parts]),
         evaluated([part.mirrored for part in parts]),
         pd.concat([part.additivity for part in parts]).sort_values("image_id", kind="stable"),
@@ -214,15 +218,27 @@ def descend(start: np.ndarray, options: np.ndarray, cost: Cost) -> np.ndarray:
 def descend_points(
     choices: Choices, price: np.ndarray, image_ids: list[int], curves: Curves, loss: Loss
 ) -> dict[int, np.ndarray]:
-    """Choices of these images and lambda' at all points -> image id -> what descends from STARTS, [points, 5]."""
+    """Choices of these images and lambda' at all points -> image id -> phi of the points of STARTS, [points, 5]."""
     k, found = curves.bits.shape[2], []
-    for name in STARTS:
-        at = [p for p, (method, _) in enumerate(choices.points) if method == name]
+    for name in STARTS.values():
+        at = points_of(choices, name)
         cost = cost_of(np.repeat(image_ids, len(at)), np.tile(price[at], len(image_ids)), curves, loss)
         start = np.concatenate([choices.phi[i][at] for i in image_ids])
         options = np.arange(SKIPPED if name.endswith("_skip") else 0, k)
         found.append(descend(start, options, cost).reshape(len(image_ids), len(at), len(SCALES)))
     return dict(zip(image_ids, np.concatenate(found, 1), strict=True))
+
+
+def choose_on(loss: Loss, image_ids: list[int], price: np.ndarray, curves: Curves) -> dict[int, np.ndarray]:
+    """`oracle` on this loss of single scales, the others uncoded -> image id -> phi at each price [points, 5]."""
+    n, _, k = len(image_ids), *curves.bits.shape[1:]
+    single = np.full((len(SCALES), k, len(SCALES)), k)
+    for s in range(len(SCALES)):
+        single[s, :, s] = np.arange(k)
+    ids = np.broadcast_to(np.array(image_ids)[:, None, None], (n, len(SCALES), k))
+    losses, bits = loss(ids, np.broadcast_to(single, (n, *single.shape))), curves.bits[_rows(curves, image_ids)]
+    phi = np.stack([oracle(losses, bits, p) for p in price], 1).astype(int)  # [n, points, 5]
+    return dict(zip(image_ids, phi, strict=True))
 
 
 def enumerate_tuples(image_ids: np.ndarray, price: np.ndarray, curves: Curves, loss: Loss) -> pd.DataFrame:
@@ -302,6 +318,10 @@ def allocation_of(points: list[tuple[str, int]], price: np.ndarray, phi: dict[in
         | {"image_id": np.tile(np.repeat(list(phi), len(SCALES)), len(points))}
         | {"scale": np.tile(SCALES, len(points) * len(phi)), "phi": chosen.ravel()}
     )
+
+
+def points_of(choices: Choices, method: str) -> list[int]:
+    return [p for p, (name, _) in enumerate(choices.points) if name == method]
 
 
 def _rows(curves: Curves, image_ids: np.ndarray) -> np.ndarray:

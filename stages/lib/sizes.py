@@ -10,7 +10,7 @@ from stages.lib.accuracy import Matches
 from stages.lib.features import Features
 from stages.lib.measuring import Choices, tabulate
 from stages.lib.params import SCALES
-from stages.lib.tables import ANCHOR, UNCODED, bd_rates
+from stages.lib.tables import ANCHOR, UNCODED
 
 SIZES = ("small", "medium", "large")
 METHODS = ("static", "mfiba", "mfiba_skip", "oracle")
@@ -74,7 +74,8 @@ def size_table(
             continue
         of_size = {point: of_images(matches[point], keep) for point in [(UNCODED, 0), *part.points]}
         about = size, int(keep.sum()), areas[keep].min(), areas[keep].max()
-        found = bd_rates(*tabulate(part, of_size, bits, features, names, resamples, seed)).set_index("method")
+        compared = compare(*tabulate(part, of_size, bits, features, names, resamples, seed))
+        found = compared.bd.set_index("method")
         for method, *numbers in found.loc[list(METHODS), ["bd_rate_pchip", "ci_low", "ci_high"]].itertuples():
             rows.append((*about, "bd_rate", method, *numbers))
         for quantity, values in importance.items():

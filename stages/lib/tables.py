@@ -25,7 +25,7 @@ from stages.lib.params import SCALES, TASKS, InputError
 ANCHOR, UNCODED = "uniform", "none"
 CODEC_ANCHOR = "hevc"
 # They need the labels of the images that are evaluated.
-LABEL_AWARE = ("upstream_measured", "oracle", "oracle_skip", "oracle_joint", "oracle_skip_joint")
+LABEL_AWARE = ("upstream_measured", "oracle", "oracle_skip", "oracle_joint", "oracle_skip_joint", "oracle_mirrored")
 PAPER = {  # arXiv 2503.19278, abstract; percent
     "elic": {"detection": -38.202, "segmentation": -17.212, "keypoints": -36.492},
     "tcm": {"detection": -18.103, "segmentation": -19.866, "keypoints": -19.597},
@@ -120,11 +120,6 @@ def compare(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = AN
     return Compared(pd.DataFrame(rows, columns=BD_RATE), deltas)
 
 
-def bd_rates(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = ANCHOR) -> pd.DataFrame:
-    """Rows of bd_rate.csv, see `compare`."""
-    return compare(points, resamples, anchor_name).bd
-
-
 def paired(compared: Compared, heroes: Iterable[str] = HEROES) -> pd.DataFrame:
     """`compare` of one cell -> BD-rate of each of the heroes minus that of every other method, one row each.
 
@@ -153,7 +148,7 @@ def codec_bd_rates(points: pd.DataFrame, resamples: dict[tuple[str, str], pd.Dat
         codecs = rows["codec"].unique()
         if CODEC_ANCHOR in codecs:
             drawn = [resamples[task, codec].query("method == @ANCHOR").assign(method=codec) for codec in codecs]
-            found.append(bd_rates(rows.assign(method=rows["codec"]), pd.concat(drawn), CODEC_ANCHOR))
+            found.append(compare(rows.assign(method=rows["codec"]), pd.concat(drawn), CODEC_ANCHOR).bd)
     table = pd.concat([frame for frame in found if len(frame)] or found)
     return table.assign(codec=table["method"]).drop(columns="method").reset_index(drop=True)
 
