@@ -359,7 +359,7 @@ def test_the_report_says_of_each_variant_what_it_is_saves_and_lacks(tmp_path, te
     found = table.set_index("method")
     assert found.loc["bits_mean", "bd_rate_pchip"] == approx(-30) and found.loc["mfiba", "bd_rate_pchip"] == approx(-50)
     assert found.loc["bits_mean", "difference"] == approx(-20) and np.isnan(found.loc["mfiba", "difference"])
-    assert found.loc["pool_skip", "difference"] == approx(0)  # of mfiba_skip, which is no better
+    assert found.loc["coded_pool_skip", "difference"] == approx(0)  # of mfiba_skip, which is no better
     assert found.loc["mfiba_skip", "difference"] == approx(-20)
     rates = rate_control(test.bits, model, np.ones(test.pixels.shape), PRECODE, 6, 0)
     written = tables.ablation_tables(table, {"detection-elic": size_rows()}, {"detection-elic": rates})
