@@ -18,6 +18,7 @@ from stages.lib.ablation import ROWS, SEES_LABELS, Senses, rate_control, variant
 from stages.lib.accuracy import Matches, average_precision, merge
 from stages.lib.allocation import Importance, allocate, allocation_table, column, mean_bits_per_image
 from stages.lib.loss_rate import Curves, fit_scales, mean_loss, predicted_bits, sensitivity_labels
+from stages.lib.measuring import Choices
 from stages.lib.params import SCALES, SKIPPED, InputError, check_params
 from stages.lib.senses import score_gradients
 
@@ -327,6 +328,38 @@ def test_sizes_are_terciles_of_the_median_area():
     assert groups == {"small": [0, 3], "medium": [2, 4], "large": [5, 6]}
 
 
+def test_each_size_has_its_own_images_and_a_method_like_uniform_saves_nothing():
+    """Methods that choose as uniform does, but at half the bits where objects are large."""
+    n, k = 12, 6
+    areas = np.append(np.linspace(0.3, 0.01, n - 1), np.nan)
+    rng = np.random.default_rng(0)
+    luck, shared = rng.random((80, 10)), random_matches(n, 0)
+    by_quality = [shared._replace(matched=luck < 0.2 + 0.12 * q, ignored=np.zeros((80, 10), bool)) for q in range(k)]
+    names = ["uniform", *sizes.METHODS]
+    points = [(name, q) for name in names for q in range(k)]
+    levels = np.array([q + (k if name == "oracle" else 0) for name, q in points])
+    phi = {i: np.repeat(levels[:, None], 5, 1) for i in shared.image_ids.tolist()}
+    cost = np.geomspace(1e4, 1e6, k)
+    bits = {
+        i: np.tile(np.append(cost, cost * (0.5 if area > 0.23 else 1)), (5, 1))
+        for i, area in zip(shared.image_ids.tolist(), areas, strict=True)
+    }
+    features = SimpleNamespace(sizes=lambda i: SimpleNamespace(original=(64, 64)), split="test")
+    matches = {("none", 0): by_quality[-1]} | {
+        point: by_quality[q % k] for point, q in zip(points, levels, strict=True)
+    }
+    worth = {"weight": np.tile(areas[:, None], (1, 5))}
+    key = {"task": "detection", "codec": "elic"}
+    found = sizes.size_table(Choices(points, phi), matches, bits, features, key, 20, 0, areas, worth)
+    assert found.groupby("size", sort=False)["n_images"].first().to_dict() == {"small": 4, "medium": 4, "large": 3}
+    rates = found[found["quantity"] == "bd_rate"].pivot(index="name", columns="size", values="value")
+    assert list(found["name"].unique()[:4]) == list(sizes.METHODS)
+    assert rates.loc[["static", "mfiba", "mfiba_skip"]].to_numpy() == approx(0, abs=1e-9)
+    assert rates.loc["oracle"].to_dict() == approx({"small": 0, "medium": 0, "large": -50}, abs=0.1)
+    means = found[found["quantity"] == "weight"].groupby("size")["value"].mean()
+    assert means["small"] == approx(areas[7:11].mean()) and means["large"] == approx(areas[:3].mean())
+
+
 # ---- report ----
 
 
@@ -359,7 +392,7 @@ def test_the_report_says_of_each_variant_what_it_is_saves_and_lacks(tmp_path, te
     found = table.set_index("method")
     assert found.loc["bits_mean", "bd_rate_pchip"] == approx(-30) and found.loc["mfiba", "bd_rate_pchip"] == approx(-50)
     assert found.loc["bits_mean", "difference"] == approx(-20) and np.isnan(found.loc["mfiba", "difference"])
-    assert found.loc["pool_skip", "difference"] == approx(0)  # of mfiba_skip, which is no better
+    assert found.loc["coded_pool_skip", "difference"] == approx(0)  # of mfiba_skip, which is no better
     assert found.loc["mfiba_skip", "difference"] == approx(-20)
     rates = rate_control(test.bits, model, np.ones(test.pixels.shape), PRECODE, 6, 0)
     written = ablation_tables.ablation_tables(table, {"detection-elic": size_rows()}, {"detection-elic": rates})

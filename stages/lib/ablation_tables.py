@@ -59,9 +59,11 @@ def _ablation_table(task: str, codec: str, ablations: pd.DataFrame) -> Table:
         f"What each part buys, {task}, {codec}: BD-rate against {ANCHOR} in percent, and that of the method minus it"
     )
     doubtful = [f"({number}) Doubtful: {note}" for note, number in notes.items()]
+    usual = ablations["reference"].mode()[0]
+    others = ablations[ablations["reference"] != usual].groupby("reference")["method"]
     about = [
         "In brackets 95 % intervals of a bootstrap over the images; all rows are resampled with the same ones.",
-        "The method is mfiba, for the other variants that skip mfiba_skip.",
+        "; ".join([f"The method is {usual}", *(f"for {', '.join(names)} {name}" for name, names in others)]) + ".",
         label_aware_note(),
     ]
     headers = ["variant", "what it is", "BD-rate", "method minus it"]

@@ -10,7 +10,7 @@ from stages.lib.accuracy import Matches
 from stages.lib.features import Features
 from stages.lib.measuring import Choices, tabulate
 from stages.lib.params import SCALES
-from stages.lib.tables import ANCHOR, UNCODED
+from stages.lib.tables import ANCHOR, UNCODED, compare
 
 SIZES = ("small", "medium", "large")
 METHODS = ("static", "mfiba", "mfiba_skip", "oracle")
