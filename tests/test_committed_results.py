@@ -45,11 +45,11 @@ def test_params_are_those_of_the_recorded_run(stage: str) -> None:
 
 def test_every_stage_of_the_pipeline_was_run() -> None:
     expected = {"prepare", "report"}
-    of_model = ("train_model", "extract", "measure_uncoded")
+    of_model = ("train_model", "extract", "fit_prediction", "measure_uncoded")
     expected |= {f"{name}@{model}" for name in of_model for model in PARAMS["models"]}
     pairs = [f"{model}-{codec}" for model in PARAMS["models"] for codec in PARAMS["codecs"]]
-    expected |= {f"{name}@{pair}" for name in ("train_codec", "train_mfip", "evaluate") for pair in pairs}
-    expected |= {f"{name}@{p}-{q}" for name in ("compress", "measure") for p in pairs for q in PARAMS["lambdas"]}
+    expected |= {f"{name}@{pair}" for name in ("train_codec", "measure", "train_mfip", "evaluate") for pair in pairs}
+    expected |= {f"compress@{pair}-{quality}" for pair in pairs for quality in PARAMS["lambdas"]}
     expected |= {f"{name}@{cell}" for name in ("fit_loss_rate", "allocate") for cell in PARAMS["cells"]}
-    expected |= {f"ablate@{study}" for study in PARAMS["studies"]}
+    expected |= {f"{name}@{study}" for name in ("bound", "ablate") for study in PARAMS["studies"]}
     assert set(LOCK) == expected

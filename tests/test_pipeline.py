@@ -20,6 +20,8 @@ CONTRACT = {
     "rd_points": "task,codec,method,point,n_images,bits_per_image,bpp,accuracy,accuracy_name,split",
     "bd_rate": "task,codec,method,anchor,bd_rate_pchip,bd_rate_akima,ci_low,ci_high,overlap,n_points,flags",
     "paired": "task,codec,method,other,difference,ci_low,ci_high",
+    "ablation": "task,codec,part,method,description,sees_labels,anchor,bd_rate_pchip,bd_rate_akima,ci_low,ci_high,"
+    "overlap,n_points,flags,reference,difference,difference_low,difference_high",
 }
 TASKS = {"detection", "segmentation", "keypoints"}
 METHODS = {"none", "uniform", "static", "upstream_predicted", "mfiba_closed_form", "mfiba", "static_skip", "mfiba_skip"}
