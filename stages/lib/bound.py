@@ -116,8 +116,8 @@ def bound(
             for pyramids in (decoded, mirrored)
         )
         joint = descend_points(choices, price, image_ids, curves, loss)
-        lucky = choose_on(loss_mirrored, image_ids, price[points_of(choices, "oracle")], curves)
-        phi = {i: np.concatenate([choices.phi[i], joint[i], lucky[i]]) for i in image_ids}
+        other = choose_on(loss_mirrored, image_ids, price[points_of(choices, "oracle")], curves)
+        phi = {i: np.concatenate([choices.phi[i], joint[i], other[i]]) for i in image_ids}
         return _Part(
             phi,
             *(joint_matches(detector, maps, *args, Choices(points, phi)) for maps in (decoded, mirrored)),

@@ -192,9 +192,8 @@ def additivity_figure(stem: Path, task: str, codec: str, parts: dict[str, pd.Dat
     with saved(stem, 9.6, 3.4) as figure:
         panels = figure.subplots(1, len(parts), sharex=True, sharey=True)
         for axes, (name, tuples) in zip(panels, parts.items(), strict=True):
-            axes.hexbin(
-                tuples["additive"], tuples["joint"], gridsize=24, bins="log", mincnt=1, cmap="Greys", linewidths=0
-            )
+            look = {"bins": "log", "mincnt": 1, "vmin": 0.3, "cmap": "Greys", "linewidths": 0}  # one tuple is not white
+            axes.hexbin(tuples["additive"], tuples["joint"], gridsize=24, **look)
             axes.axline((0, 0), slope=1, color=GREY, linestyle="--", linewidth=1, label="joint = additive")
             tenth = pd.qcut(tuples["additive"].rank(method="first"), 10, labels=False)
             mean = tuples[["additive", "joint"]].groupby(tenth).mean()
