@@ -1,4 +1,4 @@
-"""dvc.lock and reports/ in git come from exactly this code and these params."""
+"""The dvc.lock and reports/ in git, of each profile that was run, come from exactly this code and these params."""
 
 import hashlib
 import json
@@ -8,8 +8,15 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-LOCK = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+FOLDERS = (ROOT, ROOT / "profiles/study")
+PARAMS, LOCKS = (
+    {folder: yaml.safe_load((folder / name).read_text()) for folder in FOLDERS} for name in ("params.yaml", "dvc.lock")
+)
+STAGES = [
+    pytest.param(folder, entry, id=f"{folder.name}-{name}")
+    for folder, lock in LOCKS.items()
+    for name, entry in lock["stages"].items()
+]
 
 
 def md5(path: Path) -> str:
@@ -23,33 +30,36 @@ def md5(path: Path) -> str:
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
-def in_git(path: str) -> bool:
-    return path.startswith(("./stages/", "stages/", "./data/pretrained", "data/pretrained", "reports/"))
+def in_git(path: Path, folder: Path) -> bool:
+    return any(path.is_relative_to(part) for part in (ROOT / "stages", ROOT / "data/pretrained", folder / "reports"))
 
 
-@pytest.mark.parametrize("stage", LOCK)
-def test_code_and_results_are_those_of_the_recorded_run(stage: str) -> None:
-    for entry in LOCK[stage]["deps"] + LOCK[stage].get("outs", []):
-        if in_git(entry["path"]):
-            assert md5(ROOT / entry["path"]) == entry["md5"], f"{entry['path']} changed since `dvc repro`"
+@pytest.mark.parametrize(("folder", "entry"), STAGES)
+def test_code_and_results_are_those_of_the_recorded_run(folder: Path, entry: dict) -> None:
+    for file in entry["deps"] + entry.get("outs", []):
+        path = (folder / file["path"]).resolve()
+        if in_git(path, folder):
+            assert md5(path) == file["md5"], f"{path} changed since `dvc repro`"
 
 
-@pytest.mark.parametrize("stage", LOCK)
-def test_params_are_those_of_the_recorded_run(stage: str) -> None:
-    for key, recorded in LOCK[stage].get("params", {}).get("params.yaml", {}).items():
-        value = PARAMS
+@pytest.mark.parametrize(("folder", "entry"), STAGES)
+def test_params_are_those_of_the_recorded_run(folder: Path, entry: dict) -> None:
+    for key, recorded in entry.get("params", {}).get("params.yaml", {}).items():
+        value = PARAMS[folder]
         for part in key.split("."):
             value = value[part]
         assert value == recorded, f"{key} changed since `dvc repro`"
 
 
-def test_every_stage_of_the_pipeline_was_run() -> None:
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_stage_of_the_pipeline_was_run(folder: Path) -> None:
+    params = PARAMS[folder]
     expected = {"prepare", "report"}
     of_model = ("train_model", "extract", "fit_prediction", "measure_uncoded")
-    expected |= {f"{name}@{model}" for name in of_model for model in PARAMS["models"]}
-    pairs = [f"{model}-{codec}" for model in PARAMS["models"] for codec in PARAMS["codecs"]]
+    expected |= {f"{name}@{model}" for name in of_model for model in params["models"]}
+    pairs = [f"{model}-{codec}" for model in params["models"] for codec in params["codecs"]]
     expected |= {f"{name}@{pair}" for name in ("train_codec", "measure", "train_mfip", "evaluate") for pair in pairs}
-    expected |= {f"compress@{pair}-{quality}" for pair in pairs for quality in PARAMS["lambdas"]}
-    expected |= {f"{name}@{cell}" for name in ("fit_loss_rate", "allocate") for cell in PARAMS["cells"]}
-    expected |= {f"{name}@{study}" for name in ("bound", "ablate") for study in PARAMS["studies"]}
-    assert set(LOCK) == expected
+    expected |= {f"compress@{pair}-{quality}" for pair in pairs for quality in params["lambdas"]}
+    expected |= {f"{name}@{cell}" for name in ("fit_loss_rate", "allocate") for cell in params["cells"]}
+    expected |= {f"{name}@{study}" for name in ("bound", "ablate") for study in params["studies"]}
+    assert set(LOCKS[folder]["stages"]) == expected
