@@ -23,8 +23,8 @@ BOUND_NOTE = (
 )
 MIRRORED_NOTE = (
     "Every feature map coded upside down and turned back, those of uniform too; the bits are those of the files. A "
-    "learned codec has seen no such maps and errs more on them, so compare within this table. Here oracle_mirrored is the "
-    "one that chose on what it is scored with."
+    "learned codec has seen no such maps and errs more on them, so compare within this table, where oracle_mirrored is "
+    "the one that chose on what it is scored with."
 )
 LEAD_NOTE = (
     "A bound chooses on the very coding errors that the files have: part of its lead is luck, which no sender with "
