@@ -22,15 +22,16 @@ BOUND_NOTE = (
     "losses of planes coded upside down, scored on the files."
 )
 MIRRORED_NOTE = (
-    "Every feature map coded upside down and turned back, those of uniform too; the bits are those of the files. A learned "
-    "codec has seen no such maps and errs more on them, so compare within this table. Here oracle_mirrored is the one "
-    "that chose on what it is scored with."
+    "Every feature map coded upside down and turned back, those of uniform too; the bits are those of the files. A "
+    "learned codec has seen no such maps and errs more on them, so compare within this table, where oracle_mirrored is "
+    "the one that chose on what it is scored with."
 )
 LEAD_NOTE = (
     "A bound chooses on the very coding errors that the files have: part of its lead is luck, which no sender with "
     "whatever predictor can have. Coded upside down the images, objects and qualities are the same, the errors others: "
-    "a lead that is left there is of the image. The lead that goes is luck; what is left is rather too small than too "
-    "large, since an honest bound would know the mean over the errors, and this one knows one draw."
+    "a lead that is left there is of the image. What goes is not all luck: one other draw of the errors is a noisy "
+    "guide to their mean, and where a codec errs more on turned maps, the mean losses of the scales differ too. So an "
+    "honest bound lies between the two columns."
 )
 ADDITIVITY_NOTES = [
     "Random tuples of qualities on all images with ground truth; losses are in objects of an image, means over the "
