@@ -87,8 +87,9 @@ def main(data: Path, reports: Path) -> None:
         ("bound", bound_tables.bound_tables(bounds)),
         ("ablation", ablation_tables.ablation_tables(ablations, sizes, rates)),
     ):
-        write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
-        write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))
+        if found:  # without studies there is no bound and no ablation
+            write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
+            write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))
     losses = {key: _read(reports.joinpath("codecs", *key, "loss.csv"), ["step", "loss"]) for key in coders}
     draw(cells, curves, losses, sizes, reports / "figures")
     for (task, codec), study in bounds.items():

@@ -293,7 +293,7 @@ def test_a_model_that_finds_nothing_is_reported_as_such(profile: Path) -> None:
     text = (profile / "reports/tables/bd_rate.md").read_text()
     assert len(re.findall(r" n/a \(1\) \|", text)) == len(rows)
     assert len(re.findall(r" n/a \[n/a, n/a\] \|", text)) == len(rows) - 1  # paired
-    assert "(1) Doubtful: segmentation: no BD-rate: fewer than two points" in text
+    assert "(1) Doubtful: no BD-rate: fewer than two points" in text
 
 
 def test_metrics_hold_the_headline_without_nan(profile: Path) -> None:
@@ -309,7 +309,7 @@ def test_metrics_hold_the_headline_without_nan(profile: Path) -> None:
 def test_markdown_shows_the_result_and_what_weakens_it(profile: Path) -> None:
     text = (profile / "reports/tables/bd_rate.md").read_text()
     assert re.search(r"\| static +\| +-20\.0 \[-20\.0, -20\.0\] \|", text)
-    assert "mfiba, detection: without point 6, not monotone." in text
+    assert ") Doubtful: without point 6, not monotone." in text
     assert "| oracle * " in text and "* uses the labels of the evaluated images" in text
     assert "-38.2" in text and "other data (COCO 2017 val) and other models (ResNet-50)" in text
     assert re.search(r"\| static +\| +-9\.\d \[-", text)  # mfiba against it

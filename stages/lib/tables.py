@@ -351,9 +351,8 @@ def bd_cell(row: pd.Series, notes: dict[str, int]) -> str:
         reasons = [reason for reason in reasons if reason.startswith(NO_BD_RATE)]  # the others follow from it
     mark = ""
     if reasons:
-        note = f"{row['method']}, {row['task']}" if available else row["task"]
-        note += f": {'; '.join(reasons)}."
-        mark = f" ({notes.setdefault(note, len(notes) + 1)})"
+        at = notes.setdefault("; ".join(reasons) + ".", len(notes) + 1)
+        mark = f" ({at})"
     if not available:
         return NOT_AVAILABLE + mark
     return bracketed(row["bd_rate_pchip"], row["ci_low"], row["ci_high"]) + mark
