@@ -3,21 +3,21 @@
 Nothing is tuned here: the variants take what `fit` says, as the methods of `allocate` do.
 """
 
+from functools import partial
 from pathlib import Path
 
 from stages.lib import ablation, mfip
 from stages.lib.allocation import allocation_table, read_importance
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coco import ground_truth, load_split
-from stages.lib.coding import load_codec
 from stages.lib.features import Features
 from stages.lib.files import atomic, read_json, write_csv
 from stages.lib.loss_rate import importance_labels, mean_loss, read_curves, sensitivity_labels, sensitivity_to
-from stages.lib.measuring import bits_of, evaluate, tabulate, truths
+from stages.lib.measuring import bits_of, choices_of, load_evaluator, read_matches, tabulate
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params, precode_of
-from stages.lib.prediction import load as load_predictor
 from stages.lib.senses import other_senses
+from stages.lib.shards import map_shards, shards_of, unfinished
 from stages.lib.sizes import object_areas, size_table
 
 
@@ -50,32 +50,28 @@ def main(
     senses = other_senses(of_fit, of_test, detector, mfip.load(importance / f"{task}.pt"), *labels)
     methods = ablation.variants(fit, test, model, predicted, senses, precode, seed)
     truth = ground_truth(load_split(splits, "test"), task)
-    evaluated = evaluate(
-        detector,
-        of_test,
-        coded,
-        qualities,
-        load_codec(codec),
-        load_predictor(prediction),
-        {task: allocation_table(methods, test, points)},
-        truths({task: truth}),
-    )[task]
-    names, bits = {"task": task, "codec": codec_name}, bits_of(coded, qualities, of_test)
-    worth = {
-        "weight": importance_labels(test.drop),
-        "sensitivity": predicted.sensitivity,
-        "measured_sensitivity": ablation.measured(test, model),
-    }
-    areas, header = object_areas(truth, test.image_ids), 8 * FRAME_BYTES
-    rates = ablation.rate_control(test.bits, model, predicted.sensitivity, precode, points, header)
-    known = bits, of_test, names, resamples, seed
-    with atomic(out) as scratch:
-        points_table, bootstrap = tabulate(*evaluated, *known)
-        write_csv(scratch / "points.csv", points_table)
-        write_csv(scratch / "bootstrap.csv", bootstrap)
-        write_csv(scratch / "rows.csv", ablation.described_rows())
-        write_csv(scratch / "sizes.csv", size_table(*evaluated, *known, areas, worth))
-        write_csv(scratch / "rate_control.csv", rates)
+    choices = choices_of(allocation_table(methods, test, points))
+    paths, described = (splits, weights, features, prediction, codec, coded), params["models"][model_name]
+    with unfinished(out, *paths, losses, uncoded, loss_rate, importance, described, task, points) as folder:
+        load = partial(load_evaluator, *paths, described, qualities, {task: choices})
+        found = map_shards(load, shards_of({"test": of_test.image_ids}), folder, "ablate")
+        matches = dict(read_matches(found, task, choices.points))
+        names, bits = {"task": task, "codec": codec_name}, bits_of(coded, qualities, of_test)
+        worth = {
+            "weight": importance_labels(test.drop),
+            "sensitivity": predicted.sensitivity,
+            "measured_sensitivity": ablation.measured(test, model),
+        }
+        areas, header = object_areas(truth, test.image_ids), 8 * FRAME_BYTES
+        rates = ablation.rate_control(test.bits, model, predicted.sensitivity, precode, points, header)
+        known = bits, of_test, names, resamples, seed
+        with atomic(out) as scratch:
+            points_table, bootstrap = tabulate(choices, matches.items(), *known)
+            write_csv(scratch / "points.csv", points_table)
+            write_csv(scratch / "bootstrap.csv", bootstrap)
+            write_csv(scratch / "rows.csv", ablation.described_rows())
+            write_csv(scratch / "sizes.csv", size_table(choices, matches, *known, areas, worth))
+            write_csv(scratch / "rate_control.csv", rates)
 
 
 if __name__ == "__main__":

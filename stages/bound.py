@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from stages.lib.bound import bound
-from stages.lib.coco import ground_truth, load_split
 from stages.lib.coding import load_codec
 from stages.lib.features import Features
 from stages.lib.files import atomic, read_csv, write_csv
 from stages.lib.loss_rate import read_curves
-from stages.lib.measuring import truths
+from stages.lib.measuring import read_truths
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params
 from stages.lib.prediction import load as load_predictor
@@ -39,7 +38,7 @@ def main(
         load_predictor(prediction),
         read_csv(allocations),
         read_curves(coded, losses, uncoded, list(lambdas), task, "test"),
-        truths({task: ground_truth(load_split(splits, "test"), task)}),
+        read_truths(splits, "test", [task]),
         {"task": task, "codec": codec_name},
         params["report"]["bootstrap"],
         params["seed"],

@@ -1,16 +1,36 @@
 """Features + codec -> bitstreams + bit ledger, for one lambda."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from stages.lib.coding import load_codec, write_coded
+from stages.lib.coding import compress_shard, load_codec, read_ledger
 from stages.lib.features import Features
+from stages.lib.files import atomic, write_csv
 from stages.lib.params import entry, load_params
+from stages.lib.shards import Shard, map_shards, publish, shards_of, unfinished
 
 
 def main(features: Path, codec: Path, quality: str, out: Path, ledger: Path) -> None:
     lmbda = load_params()["lambdas"][quality]
-    splits = [Features(features, split) for split in ("fit", "test")]
-    write_coded(out, ledger, splits, load_codec(codec), lmbda)
+    image_ids = {split: Features(features, split).image_ids for split in ("fit", "test")}
+    with unfinished(out, features, codec, lmbda) as folder:
+        paths = map_shards(partial(compressor, features, codec, lmbda), shards_of(image_ids), folder, "compress")
+        with atomic(out) as scratch:
+            publish(paths, scratch)
+        write_csv(ledger, read_ledger(paths))
+
+
+def compressor(features: Path, codec: Path, lmbda: float) -> Callable[[Shard, Path], None]:
+    """What codes the images of a shard."""
+    parts = {split: Features(features, split) for split in ("fit", "test")}
+    feature_codec = load_codec(codec)
+    level = feature_codec.codec.level(lmbda)
+
+    def compress(shard: Shard, path: Path) -> None:
+        compress_shard(path, parts[shard.split], shard.image_ids, feature_codec, level)
+
+    return compress
 
 
 if __name__ == "__main__":

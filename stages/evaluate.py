@@ -1,15 +1,13 @@
 """Allocations + bitstreams + detector -> rate and accuracy of every method and task, jointly decoded, on `test`."""
 
+from functools import partial
 from pathlib import Path
 
-from stages.lib.coco import ground_truth, load_split
-from stages.lib.coding import load_codec
 from stages.lib.features import Features
 from stages.lib.files import atomic, read_csv, write_csv
-from stages.lib.measuring import bits_of, evaluate, tabulate, truths
-from stages.lib.models import load_model
+from stages.lib.measuring import bits_of, choices_of, load_evaluator, read_matches, tabulate
 from stages.lib.params import entry, load_params, tasks_of
-from stages.lib.prediction import load as load_predictor
+from stages.lib.shards import map_shards, shards_of, unfinished
 
 
 def main(
@@ -25,25 +23,20 @@ def main(
     out: Path,
 ) -> None:
     params = load_params()
-    test, qualities, tasks = Features(features, "test"), list(params["lambdas"]), tasks_of(params, model, codec_name)
-    part = load_split(splits, "test")
-    evaluated = evaluate(
-        load_model(weights, params["models"][model]),
-        test,
-        coded,
-        qualities,
-        load_codec(codec),
-        load_predictor(prediction),
-        {task: read_csv(allocations / f"{task}.csv") for task in tasks},
-        truths({task: ground_truth(part, task) for task in tasks}),
-    )
+    described, qualities, tasks = params["models"][model], list(params["lambdas"]), tasks_of(params, model, codec_name)
+    paths, test = (splits, weights, features, prediction, codec, coded), Features(features, "test")
+    tables = {task: allocations / f"{task}.csv" for task in tasks}
+    choices = {task: choices_of(read_csv(table)) for task, table in tables.items()}
     resamples, seed, bits = params["report"]["bootstrap"], params["seed"], bits_of(coded, qualities, test)
-    with atomic(out) as scratch:
-        for task, (choices, matches) in evaluated.items():
-            names = {"task": task, "codec": codec_name}
-            points, bootstrap = tabulate(choices, matches, bits, test, names, resamples, seed)
-            write_csv(scratch / task / "points.csv", points)
-            write_csv(scratch / task / "bootstrap.csv", bootstrap)
+    with unfinished(out, *paths, *tables.values(), described, qualities) as folder:
+        load = partial(load_evaluator, *paths, described, qualities, choices)
+        found = map_shards(load, shards_of({"test": test.image_ids}), folder, "evaluate")
+        with atomic(out) as scratch:
+            for task, chosen in choices.items():
+                names, matches = {"task": task, "codec": codec_name}, read_matches(found, task, chosen.points)
+                points, bootstrap = tabulate(chosen, matches, bits, test, names, resamples, seed)
+                write_csv(scratch / task / "points.csv", points)
+                write_csv(scratch / task / "bootstrap.csv", bootstrap)
 
 
 if __name__ == "__main__":

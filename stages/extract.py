@@ -1,36 +1,41 @@
 """Images + detector -> feature pyramids, with what is needed to run the heads on them later."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-
-from stages.lib.coco import disk_check, image_path, load_split
-from stages.lib.features import write_features
-from stages.lib.models import Sizes, load_model, pyramid_of, read_image
+from stages.lib.coco import image_path, load_split
+from stages.lib.features import write_index, write_shard
+from stages.lib.files import atomic
+from stages.lib.models import load_model, pyramid_of, read_image
 from stages.lib.params import entry, load_params
-from stages.lib.progress import progress
+from stages.lib.shards import Shard, map_shards, publish, shards_of, unfinished
 
 
 def main(splits: Path, weights: Path, model: str, out: Path) -> None:
     params = load_params()
-    detector = load_model(weights, params["models"][model])
-    images = []
-    for split in ("train", "fit", "test"):
-        part = load_split(splits, split)
-        ids = part.image_ids[: params["extract"]["train_images"]] if split == "train" else part.image_ids
-        images += [(split, image_id, image_path(part, image_id)) for image_id in ids]
+    described, extract = params["models"][model], params["extract"]
+    image_ids = {split: load_split(splits, split).image_ids for split in ("train", "fit", "test")}
+    image_ids["train"] = image_ids["train"][: extract["train_images"]]
+    load = partial(extractor, splits, weights, described, extract["dtype"])
+    with unfinished(out, splits, weights, described, extract) as folder:
+        paths = map_shards(load, shards_of(image_ids), folder, "extract")
+        with atomic(out) as scratch:
+            publish(paths, scratch)
+            write_index(scratch)
 
-    def items() -> Iterator[tuple[str, int, dict[str, Tensor], Sizes]]:
-        for index, (split, image_id, path) in enumerate(progress(images, "extract", len(images))):
-            pyramid, sizes = pyramid_of(detector, read_image(path))
-            if index == 0:
-                values = sum(scale.numel() for scale in pyramid.values())
-                bytes_each = 4 if params["extract"]["dtype"] == "float32" else 2
-                disk_check(out, values * bytes_each * len(images))
-            yield split, image_id, pyramid, sizes
 
-    write_features(out, items(), params["extract"]["dtype"])
+def extractor(splits: Path, weights: Path, described: dict[str, Any], dtype: str) -> Callable[[Shard, Path], None]:
+    """What writes the pyramids of a shard."""
+    detector = load_model(weights, described)
+    parts = {split: load_split(splits, split) for split in ("train", "fit", "test")}
+
+    def extract(shard: Shard, path: Path) -> None:
+        images = ((i, read_image(image_path(parts[shard.split], i))) for i in shard.image_ids)
+        write_shard(path, ((i, *pyramid_of(detector, image)) for i, image in images), dtype)
+
+    return extract
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from stages.lib import shapes
-from stages.lib.coco import disk_check, make_splits
-from stages.lib.files import atomic, write_json
+from stages.lib.coco import make_splits
+from stages.lib.files import atomic, disk_check, write_json
 from stages.lib.params import InputError, entry, load_params
 
 BYTES_PER_PIXEL = 12_000 / 128**2  # of a generated image with its annotations, rounded up

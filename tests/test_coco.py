@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
-from stages.lib.coco import COCO_KEYPOINTS, disk_check, ground_truth, image_path, load_split, make_splits
-from stages.lib.files import read_json, write_json
+from stages.lib.coco import COCO_KEYPOINTS, ground_truth, image_path, load_split, make_splits
+from stages.lib.files import disk_check, read_json, write_json
 from stages.lib.params import TASKS, InputError
 
 COUNTS = {"train": 2, "fit": 2, "test": 2}

@@ -42,13 +42,13 @@ from stages.lib.measuring import (
     decoder,
     joint_matches,
     joint_results,
-    over_batches,
     tabulate,
 )
 from stages.lib.models import DEVICE
 from stages.lib.params import COARSER, SCALES, SKIPPED
 from stages.lib.planes import pack, unpack
 from stages.lib.prediction import Predictor
+from stages.lib.shards import map_in_memory
 
 STARTS = {"oracle_joint": "oracle", "oracle_skip_joint": "oracle_skip"}  # what descends -> from which additive choice
 PRICES = STARTS | {"oracle_mirrored": "oracle"}  # bound -> the method whose lambda' it takes
@@ -125,14 +125,14 @@ def bound(
             enumerate_tuples(np.intersect1d(image_ids, enumerated), all_prices[len(price) :], curves, loss),
         )
 
-    parts = over_batches(study, features, f"bound {task}")
+    parts = map_in_memory(lambda: study, list(features.batches()), f"bound {task}")
     phi = {i: of_image for part in parts for i, of_image in part.phi.items()}
     bits = bits_of(coded, list(lambdas), features)
 
     def evaluated(matches: list[list[Matches]]) -> Evaluation:
         merged = [merge(list(point)) for point in zip(*matches, strict=True)]
         by_point = dict(zip([("none", 0), *points], merged, strict=True))
-        return tabulate(Choices(points, phi), by_point, bits, features, names, resamples, seed)
+        return tabulate(Choices(points, phi), by_point.items(), bits, features, names, resamples, seed)
 
     return Bound(
         allocation_of(points, all_prices, phi),

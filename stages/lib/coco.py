@@ -3,7 +3,6 @@
 import io
 import os
 import reprlib
-import shutil
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
@@ -96,16 +95,6 @@ def ground_truth(split: Split, task: str) -> COCO:
     with redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-def disk_check(path: Path, needed_bytes: float) -> None:
-    """Fails where the disk that holds, or will hold, `path` has too little space."""
-    folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise InputError(
-            f"{path}: the disk has {free / 1e9:.2f} GB free, {needed_bytes / 1e9:.2f} GB are needed; free some space"
-        )
 
 
 # ---------------------------------------------------------------- choosing and checking

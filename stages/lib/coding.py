@@ -5,11 +5,11 @@ A record is what `bitstream` describes. An image's bits are those of its `.mfb` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import h5py
 import numpy as np
 import pandas as pd
 import torch
@@ -19,18 +19,28 @@ from torch import Tensor
 
 from stages.lib import bitstream
 from stages.lib.elic import Elic
-from stages.lib.features import Features, SplitFile, batches_by_size, sizes_from
-from stages.lib.files import atomic, write_csv
+from stages.lib.features import Features
+from stages.lib.files import atomic, create_h5, open_h5, write_array
 from stages.lib.hevc import Hevc
 from stages.lib.learned import Family, LearnedCodec
 from stages.lib.models import DEVICE, load_weights, published_state, read_checkpoint
 from stages.lib.params import SCALES, InputError
 from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
-from stages.lib.progress import progress
-from stages.lib.shards import map_shards
+from stages.lib.shards import IMAGES
 from stages.lib.tcm import LicTcm
 
 RANGE_BYTES = 4  # of a record
+LEDGER = (
+    "pixels",
+    "bytes_latent",
+    "bytes_hyper",
+    "bytes_header",
+    "bytes_range",
+    "bits",
+    "estimated_bits",
+    "mse",
+    "mse_feature",
+)
 Codec = LearnedCodec | Family | Hevc
 
 
@@ -172,58 +182,41 @@ def pyramid_shapes(padded: tuple[int, int]) -> dict[str, tuple[int, int]]:
     return shapes | {"pool": (-(-height // 2), -(-width // 2))}  # max_pool2d(kernel 1, stride 2)
 
 
-class Line(NamedTuple):
-    """One coded scale of one image, and the pixels of its plane."""
-
-    scale: str
-    pixels: int
-    record: Record
-
-
-def compress_split(
-    features: Features, feature_codec: FeatureCodec, lmbda: float
-) -> Iterator[tuple[list[int], list[list[Line]]]]:
-    """Every image of a split, in the order of `batches` -> (image ids, lines of each image), batch by batch."""
-    level = feature_codec.codec.level(lmbda)
-
-    def code(image_ids: list[int]) -> tuple[list[int], list[list[Line]]]:
-        lines: list[list[Line]] = [[] for _ in image_ids]
-        for scale, maps in features.pyramids(image_ids).items():
-            _, height, width = plane_shape(feature_codec.channels, *maps.shape[2:], feature_codec.packing)
-            for line, record in zip(lines, encode_scale(maps, scale, level, feature_codec), strict=True):
-                line.append(Line(scale, height * width, record))
-        return image_ids, lines
-
-    batches, total = map_shards(code, features.batches()), len(features.image_ids)
-    return progress(batches, f"compress {features.split}", total, lambda batch: len(batch[0]))
-
-
-def write_coded(
-    path: Path, ledger_path: Path, splits: list[Features], feature_codec: FeatureCodec, lmbda: float
+def compress_shard(
+    path: Path, features: Features, image_ids: list[int], feature_codec: FeatureCodec, level: int
 ) -> None:
-    """Splits -> a file of records and the ledger, one line per image and scale.
+    """Some images of a split, ids rising -> a file of records, with their lines of the ledger.
 
-    HDF5: /<split>/image_ids [n], sizes [n, 6], offsets [5 n + 1] and data: the records of an image, scale by scale.
+    HDF5: image_ids [n], offsets [5 n + 1] and data: the records of an image, scale by scale; ledger/<column> [5 n].
     """
-    rows = []
-    with atomic(path) as scratch:
-        with h5py.File(scratch, "w") as file:
-            for features in splits:
-                image_ids, lengths, chunks = [], [], []
-                for batch, coded in compress_split(features, feature_codec, lmbda):
-                    image_ids += batch
-                    for image_id, lines in zip(batch, coded, strict=True):
-                        for scale, pixels, record in lines:
-                            lengths.append(len(record.data))
-                            chunks.append(record.data)
-                            key = {"split": features.split, "image_id": image_id, "scale": scale}
-                            rows.append(key | _ledger_line(record, pixels))
-                group = file.create_group(features.split)
-                group["image_ids"] = np.array(image_ids, dtype=np.int64)
-                group["sizes"] = np.array([features.sizes(i) for i in image_ids], dtype=np.int32).reshape(-1, 6)
-                group["offsets"] = np.cumsum([0, *lengths], dtype=np.int64)
-                group["data"] = np.frombuffer(b"".join(chunks), dtype=np.uint8)
-        write_csv(ledger_path, pd.DataFrame(rows))
+    records: dict[int, list[Record]] = {i: [] for i in image_ids}
+    rows: dict[int, list[dict[str, float]]] = {i: [] for i in image_ids}
+    for batch in features.batches(image_ids):
+        for scale, maps in features.pyramids(batch).items():
+            _, height, width = plane_shape(feature_codec.channels, *maps.shape[2:], feature_codec.packing)
+            for image_id, record in zip(batch, encode_scale(maps, scale, level, feature_codec), strict=True):
+                records[image_id].append(record)
+                rows[image_id].append(_ledger_line(record, height * width))
+    chunks = [record.data for of_image in records.values() for record in of_image]
+    ledger = pd.DataFrame([row for of_image in rows.values() for row in of_image])
+    with create_h5(path) as file:
+        write_array(file, "image_ids", np.array(image_ids, dtype=np.int64))
+        write_array(file, "offsets", np.cumsum([0, *map(len, chunks)], dtype=np.int64))
+        write_array(file, "data", np.frombuffer(b"".join(chunks), dtype=np.uint8))
+        for column in ledger:
+            write_array(file, f"ledger/{column}", ledger[column].to_numpy())
+
+
+def read_ledger(paths: list[Path]) -> pd.DataFrame:
+    """Files of `compress_shard` -> split, image_id, scale and the columns of the ledger, a row for each record."""
+    frames = []
+    for path in paths:
+        with open_h5(path, "compress") as file:
+            lines = {name: values[:] for name, values in file["ledger"].items()}
+            image_ids = file["image_ids"][:]
+        key = {"split": path.stem.rpartition("-")[0], "image_id": np.repeat(image_ids, len(SCALES))}
+        frames.append(pd.DataFrame(key | {"scale": np.tile(SCALES, len(image_ids))} | {c: lines[c] for c in LEDGER}))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _ledger_line(record: Record, pixels: int) -> dict[str, float]:
@@ -240,27 +233,29 @@ def _ledger_line(record: Record, pixels: int) -> dict[str, float]:
     }
 
 
-class CodedSplit(SplitFile):
-    """Reader of one split of a file of records."""
+class CodedSplit:
+    """Reader of the records of one split, in a folder of `compress`; `features`: what was coded."""
 
-    def __init__(self, path: Path, split: str):
-        super().__init__(path, split, "compress")
-        group = self.group
-        self.image_ids, self._offsets = group["image_ids"][:].tolist(), group["offsets"][:]
-        self._row = {image_id: i for i, image_id in enumerate(self.image_ids)}
-        sizes = group["sizes"][:].tolist()
-        self._sizes = {i: sizes_from(numbers) for i, numbers in zip(self.image_ids, sizes, strict=True)}
+    def __init__(self, path: Path, features: Features):
+        self._path, self._features = path, features
+        self._row = {image_id: n % IMAGES for n, image_id in enumerate(features.image_ids)}
 
-    def batches(self) -> Iterator[list[int]]:
-        """Image ids in batches of one padded size, as `decode` takes them."""
-        return batches_by_size(self._sizes)
+    def records(self, image_id: int) -> list[bytes]:
+        """The records of an image, scale by scale."""
+        path, row = self._path / self._features.file_of(image_id).name, self._row[image_id]
+        with open_h5(path, "compress") as file:
+            if file["image_ids"][:].tolist()[row : row + 1] != [image_id]:
+                raise InputError(f"{path}: holds other images than {self._features.path}; run `compress` again")
+            offsets = file["offsets"][row * len(SCALES) : (row + 1) * len(SCALES) + 1].tolist()
+            data = file["data"][offsets[0] : offsets[-1]].tobytes()
+        cuts = [at - offsets[0] for at in offsets]
+        return [data[start:end] for start, end in pairwise(cuts)]
 
     def decode(self, image_ids: list[int], feature_codec: FeatureCodec) -> dict[str, Tensor]:
         """Decoded pyramids of images of one padded size: scale -> [N, C, H, W] on DEVICE."""
-        shapes = pyramid_shapes(self._sizes[image_ids[0]].padded)
-        data, pyramid = self.group["data"], {}
-        for s, scale in enumerate(SCALES):
-            at = [self._row[image_id] * len(SCALES) + s for image_id in image_ids]
-            records = [data[self._offsets[k] : self._offsets[k + 1]].tobytes() for k in at]
-            pyramid[scale] = decode_scale(records, scale, shapes[scale], feature_codec)
-        return pyramid
+        shapes = pyramid_shapes(self._features.sizes(image_ids[0]).padded)
+        records = zip(*map(self.records, image_ids), strict=True)
+        return {
+            scale: decode_scale(list(of_scale), scale, shapes[scale], feature_codec)
+            for scale, of_scale in zip(SCALES, records, strict=True)
+        }

@@ -1,5 +1,6 @@
-"""Objects and tables <-> files that are either whole or absent."""
+"""Objects, tables and arrays <-> files that are either whole or absent."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pandas as pd
 
 from stages.lib.params import InputError
@@ -29,9 +32,25 @@ def atomic(path: Path) -> Iterator[Path]:
             _sync(scratch)
         os.replace(scratch, path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(scratch)
+        if isinstance(error, OSError) and _is_disk_full(error):
+            raise InputError(f"{path}: the disk is full; free some space and run the stage again") from None
         raise
+
+
+def _is_disk_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or "errno = 28" in str(error)  # h5py tells it in words only
+
+
+def disk_check(path: Path, needed_bytes: float) -> None:
+    """Fails where the disk that holds, or will hold, `path` has too little space."""
+    folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise InputError(
+            f"{path}: the disk has {free / 1e9:.2f} GB free, {needed_bytes / 1e9:.2f} GB are needed; free some space"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -60,6 +79,29 @@ def read_csv(path: Path) -> pd.DataFrame:
         )
     except ValueError as error:  # EmptyDataError, ParserError and UnicodeDecodeError
         raise InputError(f"{path}: not a CSV table ({error}); write the file again") from None
+
+
+@contextmanager
+def open_h5(path: Path, stage: str) -> Iterator[h5py.File]:
+    """An HDF5 file, to be read. `stage` writes such files: InputError about a damaged one names it."""
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, KeyError, RuntimeError) as error:  # h5py raises all three for what it cannot make sense of
+        raise InputError(f"{path}: cannot be read as HDF5 ({error}); run `{stage}` again") from None
+
+
+def create_h5(path: Path) -> h5py.File:
+    """A new HDF5 file; its format has checksums in the metadata, `write_array` adds those of the data."""
+    return h5py.File(path, "w", libver="latest")
+
+
+def write_array(group: h5py.Group, name: str, values: np.ndarray, **filters: Any) -> None:
+    """One chunk with a checksum: a flipped bit is an error when it is read."""
+    if values.size:
+        group.create_dataset(name, data=values, chunks=values.shape, fletcher32=True, **filters)
+    else:
+        group.create_dataset(name, data=values)
 
 
 def _sync(path: Path) -> None:

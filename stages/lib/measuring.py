@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import h5py
 import numpy as np
 import pandas as pd
 import torch
@@ -14,18 +16,23 @@ from torch import Tensor, nn
 
 from stages.lib.accuracy import Matches, average_precision, bootstrap_weights, match_variants, merge, per_image, results
 from stages.lib.bitstream import FRAME_BYTES
-from stages.lib.coding import CodedSplit, FeatureCodec
+from stages.lib.coco import ground_truth, load_split
+from stages.lib.coding import CodedSplit, FeatureCodec, load_codec
 from stages.lib.features import Features
-from stages.lib.files import read_csv
-from stages.lib.models import DEVICE, detect
+from stages.lib.files import create_h5, open_h5, read_csv, write_array
+from stages.lib.models import DEVICE, detect, load_model
 from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED, InputError
 from stages.lib.prediction import NOTHING, Predictor
-from stages.lib.progress import progress
-from stages.lib.shards import map_shards
+from stages.lib.prediction import load as load_predictor
+from stages.lib.shards import Shard
 
 PYRAMIDS_PER_PASS = 48  # of the heads: enough to fill a CPU's caches and a GPU, flat in memory
 ACCURACY_NAMES = {"detection": "box AP", "segmentation": "mask AP", "keypoints": "keypoint AP"}
+LOSSES = ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]
+POINTS_PER_READ = 16  # of Matches: few reads, flat memory
+OF_DETECTIONS = ("image", "category", "score", "matched", "ignored")  # fields of Matches, with a row for each
 Pyramid = dict[str, Tensor]  # scale -> [N, C, H_s, W_s]
+Point = tuple[str, int]  # method, number
 Variant = tuple[int, tuple[int, ...]]  # image, and phi of each scale
 
 
@@ -41,79 +48,78 @@ def truths(coco: dict[str, COCO]) -> Truths:
     return Truths(coco, {category_id for category_id, category in people if "keypoints" in category})
 
 
-def uncoded_accuracies(detector: nn.Module, features: Features, predictor: Predictor, truth: Truths) -> pd.DataFrame:
-    """Uncoded features -> rows task, split, image_id, scale, clean, utility, loss_skipped.
+def read_truths(splits: Path, split: str, tasks: list[str]) -> Truths:
+    part = load_split(splits, split)
+    return truths({task: ground_truth(part, task) for task in tasks})
+
+
+def uncoded_accuracies(
+    detector: nn.Module, features: Features, predictor: Predictor, truth: Truths, image_ids: list[int]
+) -> pd.DataFrame:
+    """Uncoded features of some images -> rows task, split, image_id, scale, clean, utility, loss_skipped.
 
     clean, utility: the image's own COCO AP and utility, of all scales; loss_skipped: the utility it loses where neither
     this scale nor its coarser one is sent, the others being clean. Images without ground truth of a task have no row.
     """
-
-    def measure(image_ids: list[int]) -> list[tuple]:
-        clean = _on_device(features.pyramids(image_ids))
-        variants, rows = [clean], []
+    rows = []
+    for batch in features.batches(image_ids):
+        clean = _on_device(features.pyramids(batch))
+        variants = [clean]
         for scale in SCALES:
             sent = {s: maps for s, maps in clean.items() if s not in (scale, COARSER.get(scale))}
             variants.append(clean | {scale: predictor.complete(sent, clean["3"].shape)[scale]})
-        for task, (accuracies, utilities) in _own(detector, variants, image_ids, features, truth).items():
-            for image_id, value, (utility, *left) in zip(image_ids, accuracies[0], utilities.T, strict=True):
+        for task, (accuracies, utilities) in _own(detector, variants, batch, features, truth).items():
+            for image_id, value, (utility, *left) in zip(batch, accuracies[0], utilities.T, strict=True):
                 if not np.isnan(value):
                     key = task, features.split, image_id
                     rows += [(*key, s, value, utility, utility - u) for s, u in zip(SCALES, left, strict=True)]
-        return rows
-
-    rows = [row for part in over_batches(measure, features, f"measure uncoded {features.split}") for row in part]
-    columns = ["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"]
-    return pd.DataFrame(rows, columns=columns).sort_values(
-        ["task", "image_id", "scale"], kind="stable", ignore_index=True
-    )
+    return pd.DataFrame(rows, columns=["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"])
 
 
 def single_scale_losses(
     detector: nn.Module,
     features: Features,
     coded: Path,
+    qualities: list[str],
     feature_codec: FeatureCodec,
-    ledger: Path,
     predictor: Predictor,
     truth: Truths,
     uncoded: pd.DataFrame,
-) -> pd.DataFrame:
-    """One scale coded, the others clean -> rows task, split, image_id, scale, clean, coded, drop, loss, loss_skipped.
+) -> Callable[[list[int]], pd.DataFrame]:
+    """One scale coded, the others clean: what tells it of some images, as rows of LOSSES.
 
     clean (of `uncoded`), coded: the image's own COCO AP, drop their difference; loss: the utility (`accuracy`) that the
     image's detections lose, in objects, the smooth task loss; loss_skipped: the same where the scale is not sent, but
     predicted from its coarser one coded at this quality (scale 3, which has none: as in `uncoded`). Images without
-    ground truth of a task have no row. All variants of a batch of images pass the heads together. Decoding is checked
-    against the encoder: another reconstruction than the ledger's raises InputError.
+    ground truth of a task have no row. Decoding is checked against the encoder, see `decoder`.
     """
-    expected, records = _lines(ledger, features, "mse_feature"), CodedSplit(coded, features.split)
+    decode = decoder(features, coded, qualities, feature_codec)
     of_scale_3 = uncoded[(uncoded["split"] == features.split) & (uncoded["scale"] == "3")]
     of_scale_3 = of_scale_3.set_index(["task", "image_id"])[["clean", "utility", "loss_skipped"]]
     own = dict(zip(of_scale_3.index, of_scale_3.to_numpy().tolist(), strict=True))
 
-    def measure(image_ids: list[int]) -> list[tuple]:
-        clean = _on_device(features.pyramids(image_ids))
-        decoded = records.decode(image_ids, feature_codec)
-        _check_decoded(coded, image_ids, clean, decoded, expected)
+    def of_quality(quality: str, image_ids: list[int], clean: Pyramid, decoded: Pyramid) -> Iterator[tuple]:
         variants = [clean | {scale: decoded[scale]} for scale in SCALES]
         variants += [clean | {scale: predictor(scale, decoded[coarser])} for scale, coarser in COARSER.items()]
-        rows = []
         for task, (accuracies, utilities) in _own(detector, variants, image_ids, features, truth).items():
             for image_id, values, worth in zip(image_ids, accuracies.T, utilities.T, strict=True):
                 if (task, image_id) in own:
                     before, utility, without_3 = own[task, image_id]
                     of_coded, of_skipped = np.split(utility - worth, [len(SCALES)])
                     losses = {"3": without_3} | dict(zip(COARSER, of_skipped, strict=True))
-                    rows += [
-                        (task, features.split, image_id, scale, before, value, before - value, loss, losses[scale])
-                        for scale, value, loss in zip(SCALES, values[: len(SCALES)], of_coded, strict=True)
-                    ]
-        return rows
+                    key = quality, task, features.split, image_id
+                    for scale, value, loss in zip(SCALES, values[: len(SCALES)], of_coded, strict=True):
+                        yield (*key, scale, before, value, before - value, loss, losses[scale])
 
-    rows = [row for part in over_batches(measure, features, f"measure {features.split}") for row in part]
-    columns = ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]
-    frame = pd.DataFrame(rows, columns=columns)
-    return frame.sort_values(["task", "image_id", "scale"], kind="stable", ignore_index=True)
+    def measure(image_ids: list[int]) -> pd.DataFrame:
+        rows = []
+        for batch in features.batches(image_ids):
+            *decoded, clean = decode(batch)
+            for quality, pyramid in zip(qualities, decoded, strict=True):
+                rows += of_quality(quality, batch, clean, pyramid)
+        return pd.DataFrame(rows, columns=["quality", *LOSSES])
+
+    return measure
 
 
 def _own(
@@ -139,7 +145,7 @@ def _own(
 class Choices(NamedTuple):
     """An allocation table as arrays."""
 
-    points: list[tuple[str, int]]  # (method, number), in the table's order
+    points: list[Point]  # in the table's order
     phi: dict[int, np.ndarray]  # image id -> quality of each scale [points, 5], SKIPPED where it is not sent
 
 
@@ -170,52 +176,110 @@ class Evaluation(NamedTuple):
     bootstrap: pd.DataFrame
 
 
-def evaluate(
+def evaluator(
     detector: nn.Module,
     features: Features,
     coded: Path,
     qualities: list[str],
     feature_codec: FeatureCodec,
     predictor: Predictor,
-    allocations: dict[str, pd.DataFrame],
+    choices: dict[str, Choices],
     truth: Truths,
-) -> dict[str, tuple[Choices, dict[tuple[str, int], Matches]]]:
-    """Task -> what the detections of every operating point are worth, from jointly decoded pyramids.
+) -> Callable[[list[int], Path], None]:
+    """What writes a file of Matches for some images: of every operating point, from jointly decoded pyramids.
 
     Each image is decoded once at every quality, and every scale taken at the quality that the method chose, or
     predicted; equal choices of several methods pass the heads once. Point ("none", 0) is the uncoded pyramid.
     """
-    choices = {task: choices_of(allocation) for task, allocation in allocations.items()}
     decode = decoder(features, coded, qualities, feature_codec)
 
-    def measure(image_ids: list[int]) -> dict[str, list[Matches]]:
-        decoded = decode(image_ids)
-        return {
-            task: joint_matches(detector, decoded, predictor, image_ids, features, truth, task, chosen)
-            for task, chosen in choices.items()
-        }
+    def measure(image_ids: list[int], path: Path) -> None:
+        parts: dict[str, list[list[Matches]]] = {task: [] for task in choices}
+        for batch in features.batches(image_ids):
+            decoded = decode(batch)
+            for task, chosen in choices.items():
+                args = detector, decoded, predictor, batch, features, truth, task, chosen
+                parts[task].append(joint_matches(*args))
+        with create_h5(path) as file:
+            for task, of_task in parts.items():
+                points = [merge(list(point)) for point in zip(*of_task, strict=True)]
+                write_matches(file.create_group(task), points)
 
-    parts = over_batches(measure, features, f"evaluate {' '.join(choices)}")
-    merged = {task: [merge(list(point)) for point in zip(*(p[task] for p in parts), strict=True)] for task in choices}
-    return {
-        task: (chosen, dict(zip([("none", 0), *chosen.points], merged[task], strict=True)))
-        for task, chosen in choices.items()
-    }
+    return measure
+
+
+def load_evaluator(
+    splits: Path,
+    weights: Path,
+    features: Path,
+    prediction: Path,
+    codec: Path,
+    coded: Path,
+    described: dict[str, Any],
+    qualities: list[str],
+    choices: dict[str, Choices],
+) -> Callable[[Shard, Path], None]:
+    """`evaluator` of a shard, from files: `described` is models.<name> of params.yaml."""
+    evaluate = evaluator(
+        load_model(weights, described),
+        Features(features, "test"),
+        coded,
+        qualities,
+        load_codec(codec),
+        load_predictor(prediction),
+        choices,
+        read_truths(splits, "test", list(choices)),
+    )
+    return lambda shard, path: evaluate(shard.image_ids, path)
+
+
+def write_matches(group: h5py.Group, points: list[Matches]) -> None:
+    """Matches of the same images at every point -> arrays of all points, one behind the other."""
+    write_array(group, "image_ids", points[0].image_ids)
+    write_array(group, "n_positive", points[0].n_positive)
+    write_array(group, "utility", np.stack([point.utility for point in points]))
+    write_array(group, "offsets", np.cumsum([0, *(len(point.image) for point in points)]))
+    for name in OF_DETECTIONS:
+        write_array(group, name, np.concatenate([getattr(point, name) for point in points]))
+
+
+def read_matches(
+    paths: list[Path], task: str, points: list[tuple[str, int]]
+) -> Iterator[tuple[tuple[str, int], Matches]]:
+    """Files of `evaluator` -> every point with the matches of all images, one point after the other."""
+    points = [("none", 0), *points]
+    for numbers in _chunks(list(range(len(points))), POINTS_PER_READ):
+        parts = [_read_points(path, task, numbers) for path in paths]
+        for number, *of_point in zip(numbers, *parts, strict=True):
+            yield points[number], merge(of_point)
+
+
+def _read_points(path: Path, task: str, numbers: list[int]) -> list[Matches]:
+    first, last = numbers[0], numbers[-1] + 1
+    with open_h5(path, "evaluate") as file:
+        group = file[task]
+        offsets, utility = group["offsets"][first : last + 1], group["utility"][first:last]
+        of_detections = [group[name][offsets[0] : offsets[-1]] for name in OF_DETECTIONS]
+        image_ids, n_positive = group["image_ids"][:], group["n_positive"][:]
+    return [
+        Matches(image_ids, *(values[start:end] for values in of_detections), n_positive=n_positive, utility=of_point)
+        for (start, end), of_point in zip(pairwise(offsets - offsets[0]), utility, strict=True)
+    ]
 
 
 def decoder(
     features: Features, coded: Path, qualities: list[str], feature_codec: FeatureCodec
 ) -> Callable[[list[int]], list[Pyramid]]:
     """Image ids of one batch -> their pyramids at every quality, checked against the ledgers, then uncoded."""
-    files = [coded / f"{quality}.h5" for quality in qualities]
-    records = [CodedSplit(file, features.split) for file in files]
-    expected = [_lines(file.with_suffix(".csv"), features, "mse_feature") for file in files]
+    folders = [coded / quality for quality in qualities]
+    records = [CodedSplit(folder, features) for folder in folders]
+    expected = [_lines(coded / f"{quality}.csv", features, "mse_feature") for quality in qualities]
 
     def decode(image_ids: list[int]) -> list[Pyramid]:
         clean = _on_device(features.pyramids(image_ids))
         decoded = [part.decode(image_ids, feature_codec) for part in records]
-        for file, pyramid, lines in zip(files, decoded, expected, strict=True):
-            _check_decoded(file, image_ids, clean, pyramid, lines)
+        for folder, pyramid, lines in zip(folders, decoded, expected, strict=True):
+            _check_decoded(folder, image_ids, clean, pyramid, lines)
         return [*decoded, clean]
 
     return decode
@@ -278,7 +342,7 @@ def _assemble(decoded: list[Pyramid], predictor: Predictor, wanted: list[Variant
 
 def tabulate(
     choices: Choices,
-    matches: dict[tuple[str, int], Matches],
+    matches: Iterable[tuple[Point, Matches]],
     bits: dict[int, np.ndarray],
     features: Features,
     names: dict[str, str],
@@ -289,7 +353,9 @@ def tabulate(
 
     All points are resampled with the same images, so that differences between methods are paired. `names`: task, codec.
     """
-    order = matches["none", 0].image_ids.tolist()
+    matches = iter(matches)
+    first = next(matches)
+    order = first[1].image_ids.tolist()
     weights = bootstrap_weights(len(order), resamples, seed)
     pixels = sum(np.prod(features.sizes(i).original) for i in order)
     scales, header = np.arange(len(SCALES)), 8 * FRAME_BYTES
@@ -301,7 +367,9 @@ def tabulate(
         for row in range(len(choices.points))
     ]
     rows, resampled = [], []
-    for ((method, point), match), sent in zip(matches.items(), [nothing, *np.array(sent_at, float)], strict=True):
+    for ((method, point), match), sent in zip(
+        chain([first], matches), [nothing, *np.array(sent_at, float)], strict=True
+    ):
         key = {"method": method, "point": point}
         rows.append(
             names
@@ -326,12 +394,6 @@ def bits_of(coded: Path, qualities: list[str], features: Features) -> dict[int, 
     """Image id -> bits of its records [5, K], from the ledgers."""
     lines = [_lines(coded / f"{quality}.csv", features, "bits") for quality in qualities]
     return {i: np.stack([part.loc[i].to_numpy() for part in lines], 1) for i in features.image_ids}
-
-
-def over_batches(function: Callable[[list[int]], Any], features: Features, name: str) -> list[Any]:
-    batches, total = list(features.batches()), len(features.image_ids)
-    found = zip(map_shards(function, batches), batches, strict=True)
-    return [result for result, _ in progress(found, name, total, lambda part: len(part[1]))]
 
 
 def _lines(ledger: Path, features: Features, column: str) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from stages.lib.files import atomic
 from stages.lib.loss_rate import FEW_IMAGES, FOLDS
 from stages.lib.models import DEVICE, load_weights, read_checkpoint
 from stages.lib.params import SCALES, InputError
-from stages.lib.shards import map_shards
+from stages.lib.shards import map_in_memory
 
 LEAST_WEIGHT = 1e-4  # of the mean weights: a softmax never gives 0
 LEAST_STD = 1e-6  # of a statistic; a smaller one is rounding, as the spatial deviation of a map of 1 pixel
@@ -114,7 +114,7 @@ def described(features: Features, proposer: nn.Module) -> list[tuple[list[int], 
         return describe(pyramid, proposer).cpu().numpy()
 
     batches = list(features.batches())
-    return list(zip(batches, map_shards(of_batch, batches), strict=True))
+    return list(zip(batches, map_in_memory(lambda: of_batch, batches, f"describe {features.split}"), strict=True))
 
 
 def variance(statistics: np.ndarray) -> np.ndarray:

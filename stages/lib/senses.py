@@ -12,7 +12,7 @@ from stages.lib.ablation import Senses
 from stages.lib.features import Features
 from stages.lib.models import DEVICE, Sizes
 from stages.lib.params import SCALES
-from stages.lib.shards import map_shards
+from stages.lib.shards import map_in_memory
 
 
 def other_senses(
@@ -60,4 +60,4 @@ def gradients_of(features: Features, model: nn.Module) -> np.ndarray:
 
     batches = list(features.batches())
     order = np.argsort(np.concatenate(batches))
-    return np.concatenate(list(map_shards(of_batch, batches)))[order].astype(float)
+    return np.concatenate(map_in_memory(lambda: of_batch, batches, f"gradients {features.split}"))[order].astype(float)

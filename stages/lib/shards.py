@@ -1,45 +1,228 @@
-"""One function over many shards of a stage's work, on all cores, with results that no worker count can change."""
+"""One function over the shards of a stage's work: here, in processes, or on a Ray cluster; a finished shard stays.
+
+    load ---once in every worker--> function;   function(shard, path) writes one file
+
+What comes out depends on neither executor, number of workers nor order: a shard is a fixed run of images, every worker
+computes with one CPU thread, and the files are read in the order of the shards. Set by the environment, because
+params.yaml holds what changes results:
+
+    WORKERS=4        processes on this machine; 0: none but this one. Else one per GPU (one GPU: 0), or one per core.
+    RAY_ADDRESS=...  a Ray cluster, whose nodes share this file system; `local` starts one on this machine.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import multiprocessing
 import os
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from stages.lib.files import atomic, disk_check
 from stages.lib.models import DEVICE
+from stages.lib.params import InputError
+from stages.lib.progress import progress
 
-Shard, Result = TypeVar("Shard"), TypeVar("Result")
+IMAGES = 16  # of a shard
+RETRIES = 5  # of a shard whose Ray node is lost
 
-# A GPU is fed by this process. On a CPU small networks gain little from a second thread, all from a second process.
-WORKERS = 0 if DEVICE.type == "cuda" else len(os.sched_getaffinity(0))
-
-_function: Callable | None = None  # of a worker; inherited, so it need not be picklable
+Item, Result = TypeVar("Item"), TypeVar("Result")
+Load = Callable[[], Callable[[Item], Result]]  # must be picklable where workers are no forks: on GPUs and on Ray
 
 
-def map_shards(function: Callable[[Shard], Result], shards: Iterable[Shard]) -> Iterator[Result]:
-    """The results in the order of the shards. A worker is a fork with one thread: as many as there are cores.
+class Shard(NamedTuple):
+    """A run of images of one split."""
 
-    One thread each, so the same sums are made in the same order, and streams coded on one machine decode on another
-    with more cores. What `function` raises is raised here; files that it reads must be opened by the worker itself.
+    split: str
+    number: int
+    image_ids: list[int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.number:05}"
+
+
+def shards_of(splits: dict[str, Sequence[int]]) -> list[Shard]:
+    """Image ids of every split -> shards, ids rising."""
+    shards = []
+    for split, image_ids in splits.items():
+        image_ids = sorted(image_ids)
+        starts = range(0, len(image_ids), IMAGES)
+        shards += [Shard(split, number, image_ids[start : start + IMAGES]) for number, start in enumerate(starts)]
+    return shards
+
+
+def map_shards(
+    load: Callable[[], Callable[[Shard, Path], None]], shards: list[Shard], folder: Path, name: str, suffix: str = ".h5"
+) -> list[Path]:
+    """The files of the shards in `folder`, in the order of the shards; those that are there are not made again.
+
+    Raises InputError as soon as one is made if the disk cannot hold as much for the other images.
     """
-    if WORKERS == 0:
-        yield from map(function, shards)
+    paths = {shard.name: folder / f"{shard.name}{suffix}" for shard in shards}
+    missing = [shard for shard in shards if not paths[shard.name].exists()]
+    todo, checked = sum(len(shard.image_ids) for shard in missing), False
+    finished = execute(partial(_writer, load, paths), missing, name)
+    for shard, _ in progress(finished, name, todo, lambda done: len(done[0].image_ids)):
+        if not checked:
+            of_image = paths[shard.name].stat().st_size / len(shard.image_ids)
+            disk_check(folder, of_image * (todo - len(shard.image_ids)))
+            checked = True
+    return list(paths.values())
+
+
+def map_in_memory(load: Load, items: Sequence[Item], name: str) -> list[Result]:
+    """The results in the order of the items; for work that is soon done again."""
+    numbered = list(enumerate(items))
+    found = execute(partial(_numbered, load), numbered, name)
+    return [result for _, result in sorted((item[0], result) for item, result in progress(found, name, len(numbered)))]
+
+
+@contextmanager
+def unfinished(out: Path, *made_from: Any) -> Iterator[Path]:
+    """The folder in which the shards of `out` gather; it outlives a killed stage, and goes when the block ends well.
+
+    It is found again by what the shards are made from: `made_from` (a file or folder counts by the sizes and times of
+    its files), the code, the libraries and the kind of device. What was made from something else is removed.
+    """
+    home = out.parent / f".unfinished-{out.name}"
+    folder = home / _fingerprint(made_from)
+    if home.is_dir():
+        for other in home.iterdir():
+            if other != folder:
+                shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(home)
+
+
+def publish(paths: list[Path], folder: Path) -> None:
+    """Shards -> the same files in `folder`, without a copy of the data."""
+    folder.mkdir()
+    for path in paths:
+        os.link(path, folder / path.name)  # a killed stage finds its shards again
+
+
+def _fingerprint(made_from: Any) -> str:
+    code = sorted(Path(__file__).parent.parent.rglob("*.py"))
+    about = [path.read_bytes() for path in code]
+    about += [repr(_identity(part)).encode() for part in made_from]
+    about += [torch.__version__.encode(), str(DEVICE).encode()]
+    return hashlib.sha256(b"\0".join(about)).hexdigest()[:16]
+
+
+def _identity(part: Any) -> Any:
+    if not isinstance(part, Path):
+        return part
+    files = sorted(path for path in part.rglob("*") if path.is_file()) if part.is_dir() else [part]
+    return [(str(file), status.st_size, status.st_mtime_ns) for file, status in ((f, f.stat()) for f in files)]
+
+
+def _writer(load: Callable[[], Callable[[Shard, Path], None]], paths: dict[str, Path]) -> Callable[[Shard], None]:
+    function = load()
+
+    def write(shard: Shard) -> None:
+        with atomic(paths[shard.name]) as scratch:
+            function(shard, scratch)
+
+    return write
+
+
+def _numbered(load: Load) -> Callable[[tuple[int, Item]], Result]:
+    function = load()
+    return lambda item: function(item[1])
+
+
+# ---------------------------------------------------------------- executors
+
+
+def execute(load: Load, items: Sequence[Item], name: str) -> Iterator[tuple[Item, Result]]:
+    """Every item with its result, as they are finished. What `function` raises is raised here; no item is begun then.
+
+    name: of the work, for the message of InputError when a worker is killed.
+    """
+    if not items:
         return
-    context = multiprocessing.get_context("fork")  # no second import of torch, weights are shared
-    with ProcessPoolExecutor(WORKERS, context, _start, (function, os.getpid())) as pool:
-        yield from pool.map(_run, shards)
+    try:
+        if "RAY_ADDRESS" in os.environ:
+            yield from _on_ray(load, items)
+        elif count := workers():
+            yield from _in_processes(load, items, min(count, len(items)), name)
+        else:
+            yield from _here(load, items)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        remedy = "what is finished is kept; run the stage again with fewer WORKERS, or lower models.*.image_size"
+        raise InputError(f"{name}: out of memory ({error}); {remedy}") from None
 
 
-def _start(function: Callable, parent: int) -> None:
-    global _function
-    _function = function
+def workers() -> int:
+    """How many processes work on this machine besides this one."""
+    text = os.environ.get("WORKERS")
+    if text is None:
+        if DEVICE.type == "cpu":  # small networks gain little from a second thread, all from a second process
+            return len(os.sched_getaffinity(0))
+        return torch.cuda.device_count() if torch.cuda.device_count() > 1 else 0
+    if not text.isdecimal():
+        raise InputError(f"WORKERS is {text!r}: it must be a whole number of at least 0; unset it for one per core")
+    return int(text)
+
+
+def _here(load: Load, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        function = load()
+        for item in items:
+            yield item, function(item)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_processes(load: Load, items: Sequence[Item], count: int, name: str) -> Iterator[tuple[Item, Result]]:
+    # A fork needs no second import of torch; but CUDA does not survive one.
+    context = multiprocessing.get_context("fork" if DEVICE.type == "cpu" else "spawn")
+    numbers = context.Value("i", 0)
+    with ProcessPoolExecutor(count, context, _start, (load, os.getpid(), numbers)) as pool:
+        futures = {pool.submit(_run, item): item for item in items}
+        done = 0
+        try:
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+                done += 1
+        except BrokenProcessPool:
+            raise InputError(
+                f"{name}: a worker was killed, as a machine does that is out of memory; {done} of {len(items)} parts "
+                f"were done and are kept where the stage has shards: run it again, with WORKERS={count // 2}"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_load: Load
+_function: Callable | None = None  # of this worker
+
+
+def _start(load: Load, parent: int, numbers: Any) -> None:
+    global _load, _function
+    _load, _function = load, None
+    torch.set_num_threads(1)
+    if DEVICE.type == "cuda":
+        with numbers.get_lock():
+            torch.cuda.set_device(numbers.value % torch.cuda.device_count())
+            numbers.value += 1
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -50,5 +233,46 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _run(shard: Shard) -> Result:
-    return _function(shard)
+def _run(item: Item) -> Result:
+    global _function
+    if _function is None:
+        _function = _load()
+    return _function(item)
+
+
+def _on_ray(load: Load, items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
+    try:
+        import ray
+    except ImportError:
+        raise InputError("RAY_ADDRESS is set, but Ray is missing: pip install -r requirements-ray.txt") from None
+    if not ray.is_initialized():
+        root = str(Path(__file__).parents[2])
+        try:
+            ray.init(runtime_env={"env_vars": {"PYTHONPATH": root}}, log_to_driver=False, logging_level="warning")
+        except (ConnectionError, ValueError) as error:
+            address = os.environ["RAY_ADDRESS"]
+            raise InputError(f"RAY_ADDRESS is {address!r}: no Ray cluster answers there ({error}); unset it") from None
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_run_on_ray)
+    number, work = next(_jobs), ray.put(load)
+    waiting = {task.remote((os.getpid(), number), work, os.getcwd(), item): item for item in items}
+    try:
+        while waiting:
+            (finished,), _ = ray.wait(list(waiting))
+            yield waiting.pop(finished), ray.get(finished)
+    finally:
+        for left in waiting:
+            ray.cancel(left)
+
+
+_jobs = itertools.count()
+_job: tuple[int, int] | None = None  # that this worker of Ray has loaded
+
+
+def _run_on_ray(job: tuple[int, int], load: Load, folder: str, item: Item) -> Result:
+    global _function, _job
+    os.chdir(folder)  # paths of a stage begin at the profile's folder
+    if job != _job:
+        torch.set_num_threads(1)
+        _function, _job = load(), job
+    return _function(item)

@@ -74,7 +74,7 @@ def size_table(
             continue
         of_size = {point: of_images(matches[point], keep) for point in [(UNCODED, 0), *part.points]}
         about = size, int(keep.sum()), areas[keep].min(), areas[keep].max()
-        compared = compare(*tabulate(part, of_size, bits, features, names, resamples, seed))
+        compared = compare(*tabulate(part, of_size.items(), bits, features, names, resamples, seed))
         found = compared.bd.set_index("method")
         for method, *numbers in found.loc[list(METHODS), ["bd_rate_pchip", "ci_low", "ci_high"]].itertuples():
             rows.append((*about, "bd_rate", method, *numbers))
