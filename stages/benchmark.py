@@ -7,7 +7,6 @@ import argparse
 import os
 import platform
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,12 +27,12 @@ from stages.lib.online import run
 from stages.lib.params import InputError, load_params
 from stages.lib.planes import Packing, pack, plane_shape
 from stages.lib.progress import progress
-from stages.lib.shards import map_shards
+from stages.lib.shards import map_in_memory
 
 DATA, OUT = Path("data"), Path("reports/benchmark.json")
 REPETITIONS = {"default": 7, "coco": 3}
 CORES = len(os.sched_getaffinity(0))
-THREADS = {"default": 1, "coco": CORES}  # as a worker of `map_shards` has; a large plane has the machine for itself
+THREADS = {"default": 1, "coco": CORES}  # as a worker of a stage has; a large plane has the machine for itself
 SIDES = (256, 512, 1024)  # of the planes whose coding is weighed
 COCO_CHANNELS, COCO_PLANE = 256, (2000, 2736)  # scale 0 of an image of 800 x 1216 px: 200 x 304, in tiles of three
 FULL_SIZE = {  # the papers' networks
@@ -73,9 +72,9 @@ def benchmark(params: dict[str, Any], data: Path, size: tuple[int, int] | None) 
 
 
 def _files(data: Path, model: str, codec: str) -> tuple[Path, Path]:
-    features, weights = data / "features" / f"{model}.h5", data / "codecs" / model / f"{codec}.pt"
+    features, weights = data / "features" / model, data / "codecs" / model / f"{codec}.pt"
     for path, stage in ((features, f"extract@{model}"), (weights, f"train_codec@{model}-{codec}")):
-        if not path.is_file():
+        if not path.exists():
             raise InputError(f"{path} is missing; run `dvc repro {stage}`")
     return features, weights
 
@@ -98,10 +97,10 @@ def apart(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        (found,) = map_shards(lambda _: call(), [None])
+        (found,) = map_in_memory(lambda: lambda _: call(), [None], "benchmark")
         return found
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, BrokenProcessPool | MemoryError) or "allocate" in str(error):
+    except InputError as error:  # out of memory, or killed for it
+        if "memory" in str(error):
             return {"note": "does not fit in memory"}
         raise
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from pytest import approx
 
+from artifacts import write_features
 from stages import benchmark as stage
 from stages.benchmark import apart, benchmark, table
 from stages.lib import benchmarking, learned
 from stages.lib.benchmarking import measure, plain_compress, plain_network, record
 from stages.lib.coding import FeatureCodec, build_codec, load_codec, pyramid_shapes, save_codec
-from stages.lib.features import write_features
 from stages.lib.learned import LearnedCodec
 from stages.lib.models import DEVICE, Sizes
 from stages.lib.params import SCALES, InputError
 from stages.lib.planes import Packing
-from stages.lib.shards import WORKERS
+from stages.lib.shards import workers
 
 CHANNELS = 5
 TINY = {
@@ -56,7 +56,7 @@ def data(tmp_path_factory) -> Path:
         shapes = pyramid_shapes(sizes.padded)
         items.append(("fit", image_id, {s: torch.randn(1, CHANNELS, *shapes[s]) for s in SCALES}, sizes))
     (folder / "features").mkdir()
-    write_features(folder / "features" / "tiny.h5", items, "float32")
+    write_features(folder / "features" / "tiny", items)
     packing = Packing("pca", {s: torch.eye(CHANNELS) for s in SCALES}, {s: torch.zeros(CHANNELS) for s in SCALES})
     for name, network in TINY.items():
         config = {"codec": name, "network": network, "packing": "pca", "lambda_range": [1e-4, 0.05], "gains": 3}
@@ -122,7 +122,7 @@ def test_ratios_follow_from_the_times(report):
             assert times["both"] == approx(times["encode"] + times["decode"])
             assert ratio["both"] == approx(times["compressai_both"] / times["both"])
             assert coding["symbols_per_second"]["decode"] == approx(coding["symbols"] / times["decode"])
-        if WORKERS:
+        if workers():
             cores = case["all_cores"]
             assert cores["of_linear"] == approx(cores["seconds"]["one"] / cores["seconds"]["all"])
 
@@ -201,7 +201,7 @@ def test_other_numbers_from_an_entropy_decoder_raise(elic, monkeypatch):
         measure(elic, {"0": torch.randn(1, CHANNELS, 16, 16)}, 0.01, 1)
 
 
-@pytest.mark.skipif(not WORKERS, reason="on a GPU the work has no process of its own")
+@pytest.mark.skipif(not workers(), reason="on a GPU the work has no process of its own")
 def test_only_memory_that_ran_out_becomes_a_note():
     def fails(error: Exception):
         def run():
@@ -236,5 +236,5 @@ def test_the_command_says_in_one_line_what_is_missing(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as end:
         runpy.run_module("stages.benchmark", run_name="__main__")
     assert end.value.code == 2
-    assert capsys.readouterr().err.splitlines() == ["data/features/small.h5 is missing; run `dvc repro extract@small`"]
+    assert capsys.readouterr().err.splitlines() == ["data/features/small is missing; run `dvc repro extract@small`"]
     assert not (tmp_path / "reports").exists()

@@ -12,6 +12,7 @@ import torch
 from pycocotools.coco import COCO
 from pytest import approx
 
+from artifacts import evaluate, write_coded, write_features
 from stages.lib import bound as module
 from stages.lib import measuring
 from stages.lib.accuracy import match
@@ -35,12 +36,12 @@ from stages.lib.bound import (
     random_tuples,
 )
 from stages.lib.bound_tables import PEERS, Study, bound_tables, describe, parts_of
-from stages.lib.coding import FeatureCodec, pyramid_shapes, write_coded
-from stages.lib.features import Features, write_features
+from stages.lib.coding import FeatureCodec, pyramid_shapes
+from stages.lib.features import Features
 from stages.lib.figures import additivity_figure
 from stages.lib.learned import Coded
 from stages.lib.loss_rate import Curves
-from stages.lib.measuring import Choices, bits_of, evaluate, tabulate, truths
+from stages.lib.measuring import Choices, bits_of, tabulate, truths
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, SKIPPED
 from stages.lib.planes import Packing
@@ -312,10 +313,10 @@ def world(tmp_path, truth, monkeypatch) -> SimpleNamespace:
     torch.manual_seed(0)
     clean = {i: {s: torch.randn(1, CHANNELS, *shape) for s, shape in pyramid_shapes(PADDED).items()} for i in BOXES}
     items = [("test", i, pyramid, Sizes((64, 64 + i), PADDED, PADDED)) for i, pyramid in clean.items()]
-    write_features(tmp_path / "f.h5", items, "float32")
-    features, codec = Features(tmp_path / "f.h5", "test"), feature_codec(Rounding())
+    write_features(tmp_path / "f", items)
+    features, codec = Features(tmp_path / "f", "test"), feature_codec(Rounding())
     for quality, lmbda in LAMBDAS.items():
-        write_coded(tmp_path / f"{quality}.h5", tmp_path / f"{quality}.csv", [features], codec, lmbda)
+        write_coded(tmp_path, quality, [features], codec, lmbda)
 
     def detect(detector, pyramid, sizes, tasks, person_ids):
         found = []
@@ -356,7 +357,7 @@ def run(world, truth):
     return bound(*world.args, LAMBDAS, *world.codec, world.allocation, world.curves, truth, world.names, 5, 0)
 
 
-def test_bounds_are_evaluated_as_any_allocation_and_cost_no_more_than_their_starts(world, truth):
+def test_bounds_are_evaluated_as_any_allocation_and_cost_no_more_than_their_starts(world, truth, tmp_path):
     found = run(world, truth)
     methods = found.allocation["method"].unique().tolist()
     assert methods == [
@@ -375,10 +376,12 @@ def test_bounds_are_evaluated_as_any_allocation_and_cost_no_more_than_their_star
     )
 
     features, coded = world.args[1:]
-    evaluated = evaluate(*world.args, list(LAMBDAS), *world.codec, {"detection": found.allocation}, truth)
+    evaluated = evaluate(
+        tmp_path, features, {"detection": found.allocation}, None, coded, list(LAMBDAS), *world.codec, truth
+    )
     choices, matches = evaluated["detection"]
     bits = bits_of(coded, list(LAMBDAS), features)
-    expected = tabulate(choices, matches, bits, features, world.names, 5, 0)
+    expected = tabulate(choices, matches.items(), bits, features, world.names, 5, 0)
     for mine, other in zip(found.evaluation, expected, strict=True):
         pd.testing.assert_frame_equal(mine, other)
 

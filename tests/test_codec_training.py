@@ -12,11 +12,12 @@ from compressai.models import Elic2022Official
 from compressai.models.sensetime import ResidualBottleneckBlock
 from pytest import approx
 
+from artifacts import write_features
 from stages import train_codec
 from stages.lib import codec_training
 from stages.lib.codec_training import Schedule, fit_packing, random_crops
 from stages.lib.coding import FeatureCodec, build_codec, decode_scale, encode_scale, load_codec, save_codec
-from stages.lib.features import Features, write_features
+from stages.lib.features import Features
 from stages.lib.files import read_csv
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, InputError
@@ -38,7 +39,7 @@ PLAIN = Packing("pca", {s: torch.eye(CHANNELS) for s in SCALES}, {s: torch.zeros
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
     """Three images in each split: waves whose channels depend on each other, and some noise."""
-    path = tmp_path_factory.mktemp("features") / "f.h5"
+    path = tmp_path_factory.mktemp("features") / "f"
     torch.manual_seed(0)
     mix = {scale: torch.randn(CHANNELS, CHANNELS) for scale in SCALES}
     items = []
@@ -51,7 +52,7 @@ def path(tmp_path_factory) -> Path:
                 maps = waves[:, None] * waves[:, :, None] + 0.02 * torch.randn(CHANNELS, side, side)
                 pyramid[scale] = torch.einsum("kc,chw->khw", mix[scale], maps)[None] + 1
             items.append((split, image_id, pyramid, Sizes((192, 192), (192, 192), (192, 192))))
-    write_features(path, items, "float32")
+    write_features(path, items)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from pytest import approx
 
+from artifacts import write_coded, write_features
 from stages.lib import coding
 from stages.lib.coding import (
     CodedSplit,
@@ -22,9 +24,8 @@ from stages.lib.coding import (
     load_codec,
     pyramid_shapes,
     save_codec,
-    write_coded,
 )
-from stages.lib.features import Features, write_features
+from stages.lib.features import Features
 from stages.lib.files import read_csv
 from stages.lib.learned import Coded
 from stages.lib.models import Sizes, build, load_model, save_model
@@ -71,12 +72,12 @@ def feature_codec(codec_file) -> FeatureCodec:
 @pytest.fixture(scope="module")
 def features_file(tmp_path_factory) -> Path:
     torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("features") / "f.h5"
+    path = tmp_path_factory.mktemp("features") / "f"
     items = []
     for split, image_id, sizes in IMAGES:
         shapes = pyramid_shapes(sizes.padded)
         items.append((split, image_id, {s: torch.randn(1, CHANNELS, *shapes[s]) for s in SCALES}, sizes))
-    write_features(path, items, "float32")
+    write_features(path, items)
     return path
 
 
@@ -85,10 +86,11 @@ def coded(feature_codec, features_file, tmp_path_factory) -> SimpleNamespace:
     """Both splits, written and decoded again."""
     folder = tmp_path_factory.mktemp("coded")
     splits = [Features(features_file, split) for split in ("fit", "test")]
-    write_coded(folder / "q.h5", folder / "q.csv", splits, feature_codec, LMBDA)
-    records = [CodedSplit(folder / "q.h5", s.split) for s in splits]
-    decoded = {r.split: [(ids, r.decode(ids, feature_codec)) for ids in r.batches()] for r in records}
-    return SimpleNamespace(path=folder / "q.h5", ledger=read_csv(folder / "q.csv"), splits=splits, decoded=decoded)
+    write_coded(folder, "q", splits, feature_codec, LMBDA)
+    decoded = {
+        s.split: [(ids, CodedSplit(folder / "q", s).decode(ids, feature_codec)) for ids in s.batches()] for s in splits
+    }
+    return SimpleNamespace(path=folder / "q", ledger=read_csv(folder / "q.csv"), splits=splits, decoded=decoded)
 
 
 # ---- records
@@ -195,7 +197,7 @@ def test_the_ledger_has_one_line_per_image_and_scale(coded, feature_codec):
     names = "split image_id scale pixels bytes_latent bytes_hyper bytes_header bytes_range bits estimated_bits mse"
     assert " ".join(coded.ledger.columns) == names + " mse_feature"
     keys = list(coded.ledger[["split", "image_id", "scale"]].itertuples(index=False, name=None))
-    ids = [("fit", 31), ("fit", 40), ("fit", 2), ("test", 7)]
+    ids = [("fit", 2), ("fit", 31), ("fit", 40), ("test", 7)]
     assert keys == [(*key, scale) for key in ids for scale in SCALES]
     for _, line in coded.ledger.iterrows():
         sizes = next(s for split, i, s in IMAGES if (split, i) == (line["split"], line["image_id"]))
@@ -204,28 +206,51 @@ def test_the_ledger_has_one_line_per_image_and_scale(coded, feature_codec):
 
 
 def test_the_ledgers_bits_are_the_files(coded):
-    with h5py.File(coded.path) as file:
-        for split, group in file.items():
+    for split in ("fit", "test"):
+        with h5py.File(coded.path / f"{split}-00000.h5") as file:
             ledger = coded.ledger[coded.ledger["split"] == split]
-            assert ledger["bits"].tolist() == (8 * np.diff(group["offsets"][:])).tolist()
-            assert group["data"].shape == (ledger["bits"].sum() / 8,)
-            level = group["data"][:][group["offsets"][:-1]]
+            assert ledger["bits"].tolist() == (8 * np.diff(file["offsets"][:])).tolist()
+            assert file["data"].shape == (ledger["bits"].sum() / 8,)
+            level = file["data"][:][file["offsets"][:-1]]
             assert len(set(level.tolist())) == 1
 
 
 def test_the_same_features_give_the_same_bytes(coded, feature_codec, tmp_path):
-    write_coded(tmp_path / "q.h5", tmp_path / "q.csv", coded.splits, feature_codec, LMBDA)
-    assert (tmp_path / "q.h5").read_bytes() == coded.path.read_bytes()
+    write_coded(tmp_path, "q", coded.splits, feature_codec, LMBDA)
+    for path in coded.path.iterdir():
+        assert (tmp_path / "q" / path.name).read_bytes() == path.read_bytes()
     assert (tmp_path / "q.csv").read_bytes() == coded.path.with_suffix(".csv").read_bytes()
 
 
 def test_a_coded_file_that_cannot_be_read_is_named(coded, tmp_path):
-    (tmp_path / "q.h5").write_text("no HDF5")
-    for path in (tmp_path / "q.h5", tmp_path / "absent.h5"):
-        with pytest.raises(InputError, match=path.name):
-            CodedSplit(path, "fit")
-    with pytest.raises(InputError, match="q.h5.*'train'"):
-        CodedSplit(coded.path, "train")
+    (tmp_path / "fit-00000.h5").write_text("no HDF5")
+    fit = coded.splits[0]
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(InputError, match=f"{folder / 'fit-00000.h5'}.*run `compress` again"):
+            CodedSplit(folder, fit).records(fit.image_ids[0])
+
+
+def test_records_of_other_images_are_refused(coded, tmp_path):
+    shutil.copy(coded.path / "test-00000.h5", tmp_path / "fit-00000.h5")
+    fit = coded.splits[0]
+    with pytest.raises(InputError, match="other images"):
+        CodedSplit(tmp_path, fit).records(fit.image_ids[0])
+
+
+def test_a_flipped_byte_of_a_record_is_found(coded, tmp_path):
+    """Anywhere in the file: what is read is right or refused."""
+    fit = coded.splits[0]
+    whole = CodedSplit(coded.path, fit)
+    before = [whole.records(i) for i in fit.image_ids]
+    raw = (coded.path / "fit-00000.h5").read_bytes()
+    damaged, refused = CodedSplit(tmp_path, fit), 0
+    for at in range(0, len(raw), 37):
+        (tmp_path / "fit-00000.h5").write_bytes(raw[:at] + bytes([raw[at] ^ 16]) + raw[at + 1 :])
+        try:
+            assert [damaged.records(i) for i in fit.image_ids] == before
+        except InputError:
+            refused += 1
+    assert refused > 20
 
 
 @pytest.mark.parametrize("padded", [(32, 32), (64, 96), (96, 32), (160, 224)])

@@ -1,9 +1,11 @@
 """What is measured is the accuracy of what was decoded, and what it costs are the bytes of the files."""
 
 import io
+import shutil
 import zlib
 from contextlib import redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import h5py
@@ -15,17 +17,17 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
-from stages.lib import measuring, shapes, shards
+from artifacts import evaluate, write_coded, write_features
+from stages.lib import measuring, shapes
 from stages.lib.accuracy import average_precision, match, merge, results
 from stages.lib.bitstream import FRAME_BYTES
-from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes, write_coded
-from stages.lib.features import Features, write_features
+from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes
+from stages.lib.features import Features
 from stages.lib.files import read_csv, write_csv
 from stages.lib.learned import Coded
 from stages.lib.measuring import (
     bits_of,
     choices_of,
-    evaluate,
     single_scale_losses,
     tabulate,
     truths,
@@ -64,13 +66,13 @@ def image_ids(root) -> list[int]:
 @pytest.fixture(scope="module")
 def features(image_ids, tmp_path_factory) -> Features:
     """Random pyramids; the original size tells the images apart."""
-    path = tmp_path_factory.mktemp("features") / "f.h5"
+    path = tmp_path_factory.mktemp("features") / "f"
     torch.manual_seed(0)
     items = []
     for k, image_id in enumerate(image_ids):
         pyramid = {s: torch.randn(1, CHANNELS, *shape) for s, shape in pyramid_shapes(PADDED).items()}
         items.append(("test", image_id, pyramid, Sizes((SIDE, SIDE + k), PADDED, PADDED)))
-    write_features(path, items, "float32")
+    write_features(path, items)
     return Features(path, "test")
 
 
@@ -110,7 +112,7 @@ def feature_codec() -> FeatureCodec:
 def coded(features, feature_codec, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("coded")
     for quality, lmbda in QUALITIES.items():
-        write_coded(folder / f"{quality}.h5", folder / f"{quality}.csv", [features], feature_codec, lmbda)
+        write_coded(folder, quality, [features], feature_codec, lmbda)
     return folder
 
 
@@ -182,11 +184,11 @@ def clean_pyramids(features: Features) -> dict[int, dict[str, torch.Tensor]]:
     return {i: {s: features.scale(i, s) for s in SCALES} for i in features.image_ids}
 
 
-def decoded_pyramids(path: Path, feature_codec: FeatureCodec) -> dict[int, dict[str, torch.Tensor]]:
-    records = CodedSplit(path, "test")
+def decoded_pyramids(path: Path, features: Features, feature_codec: FeatureCodec) -> dict[int, dict[str, torch.Tensor]]:
+    records = CodedSplit(path, features)
     return {
         image_id: {s: p[k] for s, p in records.decode(ids, feature_codec).items()}
-        for ids in records.batches()
+        for ids in features.batches()
         for k, image_id in enumerate(ids)
     }
 
@@ -202,11 +204,12 @@ def fake_ledger(path: Path, errors: dict[tuple[int, str], float]) -> Path:
 
 def test_features_decoded_without_error_lose_nothing(seer, features, predictor, tmp_path, monkeypatch):
     without_error = SimpleNamespace(decode=lambda image_ids, _: features.pyramids(image_ids))
-    monkeypatch.setattr(measuring, "CodedSplit", lambda path, split: without_error)
-    ledger = fake_ledger(tmp_path / "q.csv", {(i, s): 0.0 for i in features.image_ids for s in SCALES})
+    monkeypatch.setattr(measuring, "CodedSplit", lambda path, features: without_error)
+    fake_ledger(tmp_path / "q.csv", {(i, s): 0.0 for i in features.image_ids for s in SCALES})
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
-    uncoded = uncoded_accuracies(seer, features, predictor, truth)
-    losses = single_scale_losses(seer, features, tmp_path / "q.h5", None, ledger, predictor, truth, uncoded)
+    uncoded = uncoded_accuracies(seer, features, predictor, truth, features.image_ids)
+    of_images = single_scale_losses(seer, features, tmp_path, ["q"], None, predictor, truth, uncoded)
+    losses = of_images(features.image_ids)
     assert (losses[["drop", "loss"]] == 0).all(axis=None) and (losses["clean"] == losses["coded"]).all()
     assert losses["clean"].between(0.05, 0.999).any()  # a detector that is neither blind nor perfect
 
@@ -216,14 +219,16 @@ KEY = ["task", "image_id", "scale"]
 
 def test_each_drop_and_loss_is_that_of_the_image_alone(seer, features, feature_codec, predictor, coded):
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
-    own = uncoded_accuracies(seer, features, predictor, truth)
+    own = uncoded_accuracies(seer, features, predictor, truth, features.image_ids)
     assert own.columns.tolist() == ["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"]
-    parts = coded / "q1.h5", feature_codec, coded / "q1.csv", predictor
-    losses = single_scale_losses(seer, features, *parts, truth, own)
+    parts = coded, list(QUALITIES), feature_codec, predictor
+    losses = single_scale_losses(seer, features, *parts, truth, own)(features.image_ids)
+    assert losses["quality"].unique().tolist() == list(QUALITIES)
+    losses = losses[losses["quality"] == "q1"].drop(columns="quality")
     measured = ["clean", "coded", "drop", "loss", "loss_skipped"]
     assert losses.columns.tolist() == ["task", "split", "image_id", "scale", *measured]
     assert losses["scale"].map(type).eq(str).all()
-    clean, decoded = clean_pyramids(features), decoded_pyramids(coded / "q1.h5", feature_codec)
+    clean, decoded = clean_pyramids(features), decoded_pyramids(coded / "q1", features, feature_codec)
     lines, own_lines = losses.set_index(KEY), own.set_index(KEY)
     left_out = 0
     for task, coco in truth.coco.items():
@@ -263,50 +268,53 @@ def test_each_drop_and_loss_is_that_of_the_image_alone(seer, features, feature_c
 
 
 def copy_of(coded: Path, folder: Path, quality: str = "q1") -> tuple[Path, Path]:
-    paths = folder / f"{quality}.h5", folder / f"{quality}.csv"
-    for path in paths:
-        path.write_bytes((coded / path.name).read_bytes())
-    return paths
+    shutil.copytree(coded / quality, folder / quality)
+    shutil.copy(coded / f"{quality}.csv", folder)
+    return folder / quality / "test-00000.h5", folder / f"{quality}.csv"
 
 
-def measure(seer, features, feature_codec, path, ledger):
+def measure(seer, features, feature_codec, folder):
     truth, predictor = truths({"detection": seer.coco["detection"]}), Predictor(CHANNELS)
-    uncoded = uncoded_accuracies(seer, features, predictor, truth)
-    return single_scale_losses(seer, features, path, feature_codec, ledger, predictor, truth, uncoded)
+    uncoded = uncoded_accuracies(seer, features, predictor, truth, features.image_ids)
+    parts = folder, ["q1"], feature_codec, predictor, truth, uncoded
+    return single_scale_losses(seer, features, *parts)(features.image_ids)
+
+
+def change_record(path: Path) -> None:
+    """As an encoder that errs would write it, checksums included."""
+    with h5py.File(path, "r+") as file:
+        at = file["offsets"][5]  # of the second image's first record
+        file["data"][at + 4] = file["data"][at + 4] ^ 4  # doubles the upper end of the range, or halves it
 
 
 def test_a_changed_coded_file_is_refused(seer, features, feature_codec, coded, tmp_path):
-    path, ledger = copy_of(coded, tmp_path)
-    with h5py.File(path, "r+") as file:
-        at = file["test/offsets"][5]  # of the second image's first record
-        file["test/data"][at + 4] = file["test/data"][at + 4] ^ 4  # doubles the upper end of the range, or halves it
-    with pytest.raises(InputError, match=f"q1.h5.*image {features.image_ids[1]}, scale 0"):
-        measure(seer, features, feature_codec, path, ledger)
+    path, _ = copy_of(coded, tmp_path)
+    change_record(path)
+    with pytest.raises(InputError, match=f"q1.*image {features.image_ids[1]}, scale 0"):
+        measure(seer, features, feature_codec, tmp_path)
 
 
 def test_a_changed_ledger_is_refused(seer, features, feature_codec, coded, tmp_path):
-    path, ledger = copy_of(coded, tmp_path)
+    _, ledger = copy_of(coded, tmp_path)
     lines = read_csv(ledger)
     write_csv(ledger, lines.assign(mse_feature=lines["mse_feature"] * np.where(lines.index == 8, 1.005, 1)))
-    with pytest.raises(InputError, match=f"q1.h5.*image {features.image_ids[1]}, scale 3"):
-        measure(seer, features, feature_codec, path, ledger)
+    with pytest.raises(InputError, match=f"q1.*image {features.image_ids[1]}, scale 3"):
+        measure(seer, features, feature_codec, tmp_path)
 
 
 def test_evaluate_refuses_a_changed_coded_file(seer, features, feature_codec, coded, allocation, tmp_path):
     for quality in QUALITIES:
         copy_of(coded, tmp_path, quality)
-    with h5py.File(tmp_path / "q2.h5", "r+") as file:
-        at = file["test/offsets"][5]
-        file["test/data"][at + 4] = file["test/data"][at + 4] ^ 4
-    with pytest.raises(InputError, match=f"q2.h5.*image {features.image_ids[1]}, scale 0"):
+    change_record(tmp_path / "q2" / "test-00000.h5")
+    with pytest.raises(InputError, match=f"q2.*image {features.image_ids[1]}, scale 0"):
         points_of(seer, features, feature_codec, tmp_path, allocation, "detection")
 
 
 def test_a_ledger_of_other_images_is_refused(seer, features, feature_codec, coded, tmp_path):
-    path, ledger = copy_of(coded, tmp_path)
+    _, ledger = copy_of(coded, tmp_path)
     write_csv(ledger, read_csv(ledger).iloc[:-1])
     with pytest.raises(InputError, match="q1"):
-        measure(seer, features, feature_codec, path, ledger)
+        measure(seer, features, feature_codec, tmp_path)
 
 
 # ---- allocations
@@ -356,11 +364,12 @@ def allocation(image_ids) -> pd.DataFrame:
 def points_of(seer, features, feature_codec, coded, allocation, task, resamples=20):
     truth, predictor = truths({task: seer.coco[task]}), seeded_predictor()
     parts = coded, list(QUALITIES), feature_codec, predictor
-    evaluated = evaluate(seer, features, *parts, {task: allocation}, truth)
+    with TemporaryDirectory() as folder:
+        evaluated = evaluate(Path(folder), features, {task: allocation}, seer, *parts, truth)
     choices, matches = evaluated[task]
     bits = bits_of(coded, list(QUALITIES), features)
     names = {"task": task, "codec": "elic"}
-    return tabulate(choices, matches, bits, features, names, resamples, 0)
+    return tabulate(choices, matches.items(), bits, features, names, resamples, 0)
 
 
 @pytest.mark.parametrize("task", ["detection", "keypoints"])
@@ -376,14 +385,14 @@ def test_points_are_those_of_pycocotools_and_of_the_files(
     keys += [("skipping", 0), ("skipping", 1), ("skipping", 2), ("copied", 0)]
     assert list(zip(points["method"], points["point"], strict=True)) == keys
     assert (points["n_images"] == 6).all() and set(points["split"]) == {"test"}
-    qualities = [decoded_pyramids(coded / f"{q}.h5", feature_codec) for q in QUALITIES]
+    qualities = [decoded_pyramids(coded / q, features, feature_codec) for q in QUALITIES]
     clean, coco, ids = clean_pyramids(features), seer.coco[task], features.image_ids
     pixels = sum(SIDE * (SIDE + k) for k in range(6))
     bits = []
     for q in QUALITIES:
-        with h5py.File(coded / f"{q}.h5") as file:
-            assert file["test/image_ids"][:].tolist() == ids
-            bits.append(8 * np.diff(file["test/offsets"][:]).reshape(6, 5))
+        with h5py.File(coded / q / "test-00000.h5") as file:
+            assert file["image_ids"][:].tolist() == ids
+            bits.append(8 * np.diff(file["offsets"][:]).reshape(6, 5))
     for _, line in points.iterrows():
         if line["method"] == "none":
             pyramids, sent = clean, 0
@@ -403,14 +412,16 @@ def test_points_are_those_of_pycocotools_and_of_the_files(
     assert accuracy["none", 0] > accuracy["uniform", 2] > accuracy["uniform", 0] > 0
 
 
-def test_tasks_evaluated_together_have_the_points_that_each_has_alone(seer, features, feature_codec, coded, allocation):
+def test_tasks_evaluated_together_have_the_points_that_each_has_alone(
+    seer, features, feature_codec, coded, allocation, tmp_path
+):
     tasks = ("detection", "keypoints")
     fewer = {"detection": allocation, "keypoints": allocation[allocation["method"] != "mixed"]}
     truth = truths({task: seer.coco[task] for task in tasks})
-    parts = seer, features, coded, list(QUALITIES), feature_codec, seeded_predictor()
-    together = evaluate(*parts, fewer, truth)
+    parts = seer, coded, list(QUALITIES), feature_codec, seeded_predictor()
+    together = evaluate(tmp_path, features, fewer, *parts, truth)
     for task in tasks:
-        alone = evaluate(*parts, {task: fewer[task]}, truths({task: seer.coco[task]}))
+        alone = evaluate(tmp_path, features, {task: fewer[task]}, *parts, truths({task: seer.coco[task]}))
         assert together[task][0].points == alone[task][0].points
         for point, matches in alone[task][1].items():
             for mine, other in zip(together[task][1][point], matches, strict=True):
@@ -430,8 +441,7 @@ def test_resamples_of_equal_choices_are_equal(seer, features, feature_codec, cod
         assert rows["bits_per_image"].min() <= line["bits_per_image"] <= rows["bits_per_image"].max()
 
 
-def test_equal_choices_pass_the_heads_once(seer, features, feature_codec, coded, image_ids, monkeypatch):
-    monkeypatch.setattr(shards, "WORKERS", 0)  # a worker's passes are not counted here
+def test_equal_choices_pass_the_heads_once(seer, features, feature_codec, coded, image_ids):
     table = allocation_of(image_ids, uniform=[lambda k, s: 1], copied=[lambda k, s: 1] * 3)
     points_of(seer, features, feature_codec, coded, table, "detection")
     assert seer.passes == 2 * len(image_ids)  # uncoded and q2

@@ -7,9 +7,10 @@ import torch
 from pycocotools.coco import COCO
 from pytest import approx
 
+from artifacts import write_features
 from stages.lib import detector_training, shapes
 from stages.lib.detector_training import DetectionDataset, mirrored_order
-from stages.lib.features import Features, write_features
+from stages.lib.features import Features
 from stages.lib.models import (
     Sizes,
     build,
@@ -54,8 +55,8 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def test_stored_features_give_exactly_the_detections_of_the_whole_model(model, tasks, tmp_path):
     picture = image(50, 70)  # resized and padded on the way
     pyramid, sizes = pyramid_of(model, picture)
-    write_features(tmp_path / "f.h5", [("test", 1, pyramid, sizes)], "float32")
-    stored = Features(tmp_path / "f.h5", "test")
+    write_features(tmp_path / "f", [("test", 1, pyramid, sizes)])
+    stored = Features(tmp_path / "f", "test")
     with torch.inference_mode():
         (whole,) = model([picture])
     (cut,) = detect(model, stored.pyramids([1]), [stored.sizes(1)], tasks)

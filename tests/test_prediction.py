@@ -6,8 +6,9 @@ import torch
 from pytest import approx
 from torch.nn.functional import max_pool2d, pixel_shuffle, pixel_unshuffle, unfold
 
+from artifacts import write_features
 from stages.lib.coding import pyramid_shapes
-from stages.lib.features import Features, write_features
+from stages.lib.features import Features
 from stages.lib.models import Sizes
 from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, InputError
 from stages.lib.prediction import KERNEL, Predictor, fit, load, save
@@ -30,8 +31,8 @@ def features_of(tmp_path, noise: float) -> tuple[Features, Predictor]:
     torch.manual_seed(1)
     truth, generator = Predictor(CHANNELS), torch.Generator().manual_seed(2)
     items = [("train", i, made_by(truth, noise, generator), Sizes(PADDED, PADDED, PADDED)) for i in range(IMAGES)]
-    write_features(tmp_path / "f.h5", items, "float32")
-    return Features(tmp_path / "f.h5", "train"), truth
+    write_features(tmp_path / "f", items)
+    return Features(tmp_path / "f", "train"), truth
 
 
 def test_a_linear_relation_of_the_scales_is_found(tmp_path):

@@ -1,70 +1,125 @@
-"""Shards go to other processes and come back in order; what fails there fails here."""
+"""Shards go to other processes or machines; what comes back depends on none of them, and what is done stays done."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from stages.lib import shards
+from stages.lib import files, shards
 from stages.lib.params import InputError
-from stages.lib.shards import map_shards
+from stages.lib.shards import IMAGES, Shard, map_in_memory, map_shards, shards_of, unfinished
+
+SHARDS = shards_of({"fit": range(3 * IMAGES + 5), "test": range(100, 100 + IMAGES)})
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_results_come_in_the_order_of_the_shards(workers, monkeypatch):
-    monkeypatch.setattr(shards, "WORKERS", workers)
+def load(pause: float = 0.0, log: Path | None = None) -> Callable[[Shard, Path], None]:
+    """Writes the ids and a sum of floats that threads could change."""
+    weights = torch.arange(1, 100_001).reciprocal()
 
-    def slow_first(shard: int) -> int:
-        time.sleep(0.2 if shard == 0 else 0)
-        return shard**2
+    def write(shard: Shard, path: Path) -> None:
+        time.sleep(pause)
+        if log:
+            with open(log, "a") as file:
+                file.write(f"{shard.name} {os.getpid()} {torch.get_num_threads()}\n")
+        path.write_text(f"{shard.split} {shard.image_ids} {(weights * shard.number).sum().item():.20f}")
 
-    assert list(map_shards(slow_first, range(20))) == [k**2 for k in range(20)]
+    return write
 
 
-def test_workers_are_other_processes_with_one_thread(monkeypatch):
-    monkeypatch.setattr(shards, "WORKERS", 2)
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def run(folder: Path, **options) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    return map_shards(partial(load, **options), SHARDS, folder, "work")
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_every_image_is_in_one_shard_of_at_most_so_many():
+    assert [len(shard.image_ids) for shard in SHARDS] == [IMAGES] * 3 + [5, IMAGES]
+    assert [i for s in SHARDS if s.split == "fit" for i in s.image_ids] == list(range(3 * IMAGES + 5))
+    assert shards_of({"fit": [3, 1, 2]}) == [Shard("fit", 0, [1, 2, 3])]
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
+    found = []
+    for count in ("0", "1", "3"):
+        monkeypatch.setenv("WORKERS", count)
+        paths = run(tmp_path / count)
+        assert [path.name for path in paths] == [f"{shard.name}.h5" for shard in SHARDS]
+        found.append(contents(tmp_path / count))
+    assert found[0] == found[1] == found[2] and len(found[0]) == len(SHARDS)
+
+
+def test_workers_are_other_processes_with_one_thread(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKERS", "2")
     before = torch.get_num_threads()
-    found = list(map_shards(lambda _: (os.getpid(), torch.get_num_threads()), range(4)))
-    assert os.getpid() not in {process for process, _ in found} and {threads for _, threads in found} == {1}
+    run(tmp_path / "w", log=tmp_path / "log")
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert str(os.getpid()) not in {process for _, process, _ in lines} and {threads for *_, threads in lines} == {"1"}
     assert torch.get_num_threads() == before
 
 
-def test_bad_input_found_by_a_worker_is_raised_here():
-    def refuse(shard: int) -> None:
-        raise InputError(f"shard {shard}: bad")
-
-    with pytest.raises(InputError, match="^shard 5: bad$"):
-        list(map_shards(refuse, [5]))
-
-
-def test_a_killed_worker_does_not_hang_the_stage(monkeypatch):
-    monkeypatch.setattr(shards, "WORKERS", 1)
-    with pytest.raises(Exception, match="terminated abruptly"):
-        list(map_shards(lambda _: os._exit(9), [0]))
+def test_a_finished_shard_is_not_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKERS", "0")
+    run(tmp_path / "w")
+    (tmp_path / "w" / f"{SHARDS[2].name}.h5").unlink()
+    run(tmp_path / "w", log=tmp_path / "log")
+    assert (tmp_path / "log").read_text().split()[0] == SHARDS[2].name
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
 
 
 KILLED = """
-import os, time
-from stages.lib import shards
-shards.WORKERS = 2
-for process in shards.map_shards(lambda k: time.sleep(60 * (k > 1)) or os.getpid(), range(4)):
-    print(process, flush=True)
+import sys
+from functools import partial
+from pathlib import Path
+from test_shards import SHARDS, load
+from stages.lib.shards import map_shards
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+map_shards(partial(load, 0.4, folder.parent / "log"), SHARDS, folder, "work")
 """
 
 
-def test_workers_of_a_killed_stage_end():
-    stage = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
-    workers = {int(stage.stdout.readline()) for _ in range(2)}
-    stage.kill()
+def test_a_killed_stage_goes_on_from_the_last_finished_shard_and_its_workers_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKERS", "2")
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    stage = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "w")], env={**os.environ, "PYTHONPATH": path}
+    )
+    log = tmp_path / "log"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stage.send_signal(signal.SIGKILL)
     stage.wait()
+    workers = {int(line.split()[1]) for line in log.read_text().splitlines()}
     deadline = time.monotonic() + 30
-    while workers and time.monotonic() < deadline:
-        workers = {process for process in workers if _lives(process)}
+    while any(map(_lives, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not workers
+    assert not any(map(_lives, workers))
+    done = set(contents(tmp_path / "w"))
+    assert 0 < len(done) < len(SHARDS)
+    log.unlink()
+    run(tmp_path / "w", log=log)
+    again = {f"{line.split()[0]}.h5" for line in log.read_text().splitlines()}
+    assert not again & {name for name in done if not name.startswith(".tmp-")}
+    run(tmp_path / "other")
+    assert contents(tmp_path / "w") == contents(tmp_path / "other")
 
 
 def _lives(process: int) -> bool:
@@ -73,3 +128,139 @@ def _lives(process: int) -> bool:
             return file.read().split(") ")[1][0] != "Z"  # a zombie waits for its new parent only
     except FileNotFoundError:
         return False
+
+
+def test_what_the_shards_are_made_from_tells_whether_they_still_count(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.write_text("a")
+    with pytest.raises(KeyboardInterrupt), unfinished(out, source, 1) as first:
+        (first / "fit-00000.h5").write_text("done")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), unfinished(out, source, 1) as same:
+        assert same == first and (same / "fit-00000.h5").exists()
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), unfinished(out, source, 2) as other:
+        assert list(other.iterdir()) == [] and not first.exists()
+        raise KeyboardInterrupt
+    source.write_text("b")
+    with unfinished(out, source, 2) as changed:
+        assert changed != other and not other.exists()
+    assert sorted(tmp_path.iterdir()) == [source]
+
+
+# ---- failures
+
+
+@pytest.mark.parametrize("count", ["0", "2"])
+def test_bad_input_found_by_a_worker_is_raised_here(monkeypatch, count):
+    monkeypatch.setenv("WORKERS", count)
+
+    def refuse(item: int) -> None:
+        raise InputError(f"shard {item}: bad")
+
+    with pytest.raises(InputError, match="^shard 5: bad$"):
+        map_in_memory(lambda: refuse, [5], "work")
+
+
+def test_results_in_memory_come_in_the_order_of_the_items(monkeypatch):
+    for count in ("0", "3"):
+        monkeypatch.setenv("WORKERS", count)
+        assert map_in_memory(lambda: lambda item: item**2, range(20), "work") == [k**2 for k in range(20)]
+
+
+def test_a_killed_worker_is_told_with_a_remedy(monkeypatch):
+    monkeypatch.setenv("WORKERS", "2")
+    with pytest.raises(InputError, match="work: a worker was killed.*WORKERS=1"):
+        map_in_memory(lambda: lambda _: os.kill(os.getpid(), signal.SIGKILL), [0, 1], "work")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+@pytest.mark.parametrize("count", ["0", "1"])
+def test_out_of_memory_is_told_with_a_remedy(monkeypatch, error, count):
+    monkeypatch.setenv("WORKERS", count)
+
+    def fail(_: int) -> None:
+        raise error
+
+    with pytest.raises(InputError, match="work: out of memory.*WORKERS"):
+        map_in_memory(lambda: fail, [0], "work")
+
+
+def test_other_errors_stay_what_they_are(monkeypatch):
+    monkeypatch.setenv("WORKERS", "0")
+
+    def fail(_: int) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        map_in_memory(lambda: fail, [0], "work")
+
+
+@pytest.mark.parametrize("text", ["two", "-1", "1.5", ""])
+def test_a_number_of_workers_that_is_none_is_refused(monkeypatch, text):
+    monkeypatch.setenv("WORKERS", text)
+    with pytest.raises(InputError, match="WORKERS is"):
+        map_in_memory(lambda: lambda _: None, [0], "work")
+
+
+def test_a_disk_too_small_for_the_other_shards_is_told_after_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKERS", "0")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(InputError, match="GB are needed; free some space"):
+        run(tmp_path / "w")
+    assert len(contents(tmp_path / "w")) == 1
+
+
+# ---- Ray
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    pytest.importorskip("ray", reason="Ray is optional: pip install -r requirements-ray.txt")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    monkeypatch.setenv("PYTHONPATH", path)  # of the nodes' workers
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield SimpleNamespace(nodes=nodes, lose=lambda node: cluster.remove_node(node, allow_graceful=False))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_a_lost_node_changes_no_byte(tmp_path, cluster, monkeypatch):
+    progress, seen = shards.progress, []
+
+    def lose_a_node(items, *args):
+        for item in progress(items, *args):
+            if not seen:
+                cluster.lose(cluster.nodes[0])
+            seen.append(item[0].name)
+            yield item
+
+    monkeypatch.setattr(shards, "progress", lose_a_node)
+    run(tmp_path / "ray", pause=1.0, log=tmp_path / "log")
+    assert sorted(seen) == [shard.name for shard in SHARDS]
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(shards, "progress", progress)
+    run(tmp_path / "here")
+    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
+    assert str(os.getpid()) not in {line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}
+
+
+def test_bad_input_found_on_a_cluster_is_raised_here(tmp_path, cluster):
+    class Refused:
+        def __call__(self):
+            raise InputError("shard: bad")
+
+    with pytest.raises(InputError, match="shard: bad"):
+        map_in_memory(Refused(), [0], "work")
+
+
+def test_a_cluster_that_does_not_answer_is_told(monkeypatch):
+    pytest.importorskip("ray", reason="Ray is optional: pip install -r requirements-ray.txt")
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    with pytest.raises(InputError, match="RAY_ADDRESS is 'nowhere'"):
+        map_in_memory(lambda: lambda _: None, [0], "work")

@@ -32,7 +32,7 @@ from stages.lib.elic import Elic
 from stages.lib.learned import HYPER_STRIDE, SCALE_TABLE, Code, Family, LearnedCodec
 from stages.lib.models import DEVICE
 from stages.lib.planes import pack
-from stages.lib.shards import WORKERS, map_shards
+from stages.lib.shards import map_in_memory, workers
 
 MOST_NUMBERS = 1_000_000  # of the entropy coder's comparison
 
@@ -86,7 +86,7 @@ def measure(feature_codec: FeatureCodec, pyramid: dict[str, Tensor], lmbda: floa
         "times_plain": (seconds["plain_compress"] + seconds["plain_decompress"]) / seconds["encode"],
         "entropy_coding": entropy_coding(one._tables, rans, [many], repetitions),
         "entropy_coding_by_plane": entropy_coding(one._tables, rans, calls.coder, repetitions),
-        "all_cores": all_cores(one._tables, many, repetitions) if WORKERS else {"note": "not measured"},
+        "all_cores": all_cores(one._tables, many, repetitions) if workers() else {"note": "not measured"},
     }
 
 
@@ -123,10 +123,11 @@ def all_cores(tables: Tables, parts: list[Part], repetitions: int) -> dict[str, 
         begin()  # all of them; and again after each repetition, when the slowest is done
         return timings(runs, repetitions)["both"]
 
-    barrier = multiprocessing.get_context("fork").Barrier(WORKERS)
-    together = map_shards(lambda _: median(barrier.wait), range(WORKERS))
+    processes = workers()
+    barrier = multiprocessing.get_context("fork").Barrier(processes)
+    together = map_in_memory(lambda: lambda _: median(barrier.wait), range(processes), "all cores")
     seconds = {"one": median(lambda: None), "all": max(together)}
-    return {"processes": WORKERS, "seconds": seconds, "of_linear": seconds["one"] / seconds["all"]}
+    return {"processes": processes, "seconds": seconds, "of_linear": seconds["one"] / seconds["all"]}
 
 
 @torch.inference_mode()

@@ -71,6 +71,8 @@ class Features:
 
     def __init__(self, path: Path, split: str):
         self.path, self.split = path, split
+        if not (path / "index.csv").is_file():
+            raise InputError(f"{path}: is no folder of features (index.csv is missing); run `extract` again")
         index = read_csv(path / "index.csv")
         index = index[index["split"] == split].sort_values("image_id")
         if index.empty:

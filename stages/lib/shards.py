@@ -246,9 +246,9 @@ def _on_ray(load: Load, items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
     except ImportError:
         raise InputError("RAY_ADDRESS is set, but Ray is missing: pip install -r requirements-ray.txt") from None
     if not ray.is_initialized():
-        root = str(Path(__file__).parents[2])
+        paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         try:
-            ray.init(runtime_env={"env_vars": {"PYTHONPATH": root}}, log_to_driver=False, logging_level="warning")
+            ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False, logging_level="warning")
         except (ConnectionError, ValueError) as error:
             address = os.environ["RAY_ADDRESS"]
             raise InputError(f"RAY_ADDRESS is {address!r}: no Ray cluster answers there ({error}); unset it") from None
