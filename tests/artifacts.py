@@ -48,7 +48,7 @@ def write_coded(folder: Path, quality: str, splits: list[Features], feature_code
 def evaluate(
     folder: Path, features: Features, allocations: dict[str, pd.DataFrame], *args: Any
 ) -> dict[str, tuple[Choices, dict[Point, Matches]]]:
-    """Task -> its choices, and the matches of all points, through a file in `folder`; `args` as `evaluator` has them."""
+    """Task -> its choices, and the matches of all points, by a file in `folder`; `args` as `evaluator` has them."""
     choices = {task: choices_of(allocation) for task, allocation in allocations.items()}
     detector, coded, qualities, feature_codec, predictor, truth = args
     measure = evaluator(detector, features, coded, qualities, feature_codec, predictor, choices, truth)

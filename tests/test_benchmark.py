@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from artifacts import write_features
 from pytest import approx
 
-from artifacts import write_features
 from stages import benchmark as stage
 from stages.benchmark import apart, benchmark, table
 from stages.lib import benchmarking, learned

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from artifacts import evaluate, write_coded, write_features
 from pycocotools.coco import COCO
 from pytest import approx
 
-from artifacts import evaluate, write_coded, write_features
 from stages.lib import bound as module
 from stages.lib import measuring
 from stages.lib.accuracy import match

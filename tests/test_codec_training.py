@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from artifacts import write_features
 from compressai.layers import AttentionBlock
 from compressai.models import Elic2022Official
 from compressai.models.sensetime import ResidualBottleneckBlock
 from pytest import approx
 
-from artifacts import write_features
 from stages import train_codec
 from stages.lib import codec_training
 from stages.lib.codec_training import Schedule, fit_packing, random_crops

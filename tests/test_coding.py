@@ -11,9 +11,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from artifacts import write_coded, write_features
 from pytest import approx
 
-from artifacts import write_coded, write_features
 from stages.lib import coding
 from stages.lib.coding import (
     CodedSplit,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from artifacts import write_features
+
 from stages.lib import features
 from stages.lib.features import Features, batches_by_size
 from stages.lib.models import Sizes

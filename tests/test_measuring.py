@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from artifacts import evaluate, write_coded, write_features
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
-from artifacts import evaluate, write_coded, write_features
 from stages.lib import measuring, shapes
 from stages.lib.accuracy import average_precision, match, merge, results
 from stages.lib.bitstream import FRAME_BYTES

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from artifacts import write_features
 from pycocotools.coco import COCO
 from pytest import approx
 
-from artifacts import write_features
 from stages.lib import detector_training, shapes
 from stages.lib.detector_training import DetectionDataset, mirrored_order
 from stages.lib.features import Features

@@ -90,10 +90,9 @@ def test_bits_of_uniform_are_the_bytes_in_the_files(smoke: Path) -> None:
     points = pd.read_csv(smoke / "reports/rd_points.csv", keep_default_na=False)
     uniform = points[(points["method"] == "uniform") & (points["task"] == "detection")].set_index("point")
     for point, quality in enumerate(params["lambdas"]):
-        with h5py.File(smoke / f"data/coded/small/elic/{quality}.h5") as file:
-            group = file["test"]
-            images = len(group["image_ids"])
-            stored = 8 * (len(group["data"]) / images + FRAME_BYTES)
+        with h5py.File(smoke / f"data/coded/small/elic/{quality}/test-00000.h5") as file:
+            images = len(file["image_ids"])
+            stored = 8 * (len(file["data"]) / images + FRAME_BYTES)
         assert uniform.loc[point, "bits_per_image"] == pytest.approx(stored, rel=1e-12)
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from artifacts import write_features
 from pytest import approx
 from torch.nn.functional import max_pool2d, pixel_shuffle, pixel_unshuffle, unfold
 
-from artifacts import write_features
 from stages.lib.coding import pyramid_shapes
 from stages.lib.features import Features
 from stages.lib.models import Sizes
