@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,12 @@ from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coding import CodedSplit, FeatureCodec
 from stages.lib.features import Features
 from stages.lib.files import read_csv
-from stages.lib.models import DEVICE, detect
+from stages.lib.models import DEVICE, Asked, Variants, detect_variants, images_per_pass
 from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED, InputError
 from stages.lib.prediction import NOTHING, Predictor
 from stages.lib.progress import progress
 from stages.lib.shards import map_shards
 
-PYRAMIDS_PER_PASS = 48  # of the heads: enough to fill a CPU's caches and a GPU, flat in memory
 ACCURACY_NAMES = {"detection": "box AP", "segmentation": "mask AP", "keypoints": "keypoint AP"}
 Pyramid = dict[str, Tensor]  # scale -> [N, C, H_s, W_s]
 Variant = tuple[int, tuple[int, ...]]  # image, and phi of each scale
@@ -34,6 +34,10 @@ class Truths(NamedTuple):
 
     coco: dict[str, COCO]
     person_ids: set[int]
+
+    def labels(self, image_id: int) -> Asked:
+        """Task -> the labels of the image's objects: of another label a detection is wrong, whatever its mask is."""
+        return {task: {a["category_id"] for a in coco.imgToAnns[image_id]} for task, coco in self.coco.items()}
 
 
 def truths(coco: dict[str, COCO]) -> Truths:
@@ -123,15 +127,17 @@ def _own(
 
     Both are [variants, images].
     """
-    sizes, tasks = [features.sizes(i) for i in image_ids], set(truth.coco)
-    detections = detect(detector, _stack(variants), sizes * len(variants), tasks, truth.person_ids)
     accuracies = {}
+    found: dict[str, list[list[dict]]] = {task: [[] for _ in variants] for task in truth.coco}
+    for ids, part in _passes(image_ids, features):
+        keys = [(v, i) for v in range(len(variants)) for i in ids]
+        shared = _shared([{scale: p[scale][part] for scale in SCALES} for p in variants])
+        sizes, asked = ([of(i) for i in ids] * len(variants) for of in (features.sizes, truth.labels))
+        for (v, i), detection in zip(keys, detect_variants(detector, shared, sizes, asked), strict=True):
+            for task in truth.coco:
+                found[task][v] += results(i, detection, task, truth.person_ids)
     for task, coco in truth.coco.items():
-        found = [
-            [r for i, d in zip(image_ids, part, strict=True) for r in results(i, d, task, truth.person_ids)]
-            for part in _chunks(detections, len(image_ids))
-        ]
-        matches = match_variants(coco, found, image_ids, task)
+        matches = match_variants(coco, found[task], image_ids, task)
         accuracies[task] = np.stack([per_image(m) for m in matches]), np.stack([m.utility for m in matches])
     return accuracies
 
@@ -189,11 +195,7 @@ def evaluate(
     decode = decoder(features, coded, qualities, feature_codec)
 
     def measure(image_ids: list[int]) -> dict[str, list[Matches]]:
-        decoded = decode(image_ids)
-        return {
-            task: joint_matches(detector, decoded, predictor, image_ids, features, truth, task, chosen)
-            for task, chosen in choices.items()
-        }
+        return joint_matches(detector, decode(image_ids), predictor, image_ids, features, truth, choices)
 
     parts = over_batches(measure, features, f"evaluate {' '.join(choices)}")
     merged = {task: [merge(list(point)) for point in zip(*(p[task] for p in parts), strict=True)] for task in choices}
@@ -228,16 +230,27 @@ def joint_matches(
     image_ids: list[int],
     features: Features,
     truth: Truths,
-    task: str,
-    choices: Choices,
-) -> list[Matches]:
-    """Pyramids of some images at every quality, then uncoded -> matches of ("none", 0) and of every point."""
+    choices: dict[str, Choices],
+) -> dict[str, list[Matches]]:
+    """Pyramids of some images at every quality, then uncoded -> task -> matches of ("none", 0) and of every point."""
     uncoded = (len(decoded) - 1,) * len(SCALES)
-    chosen = {i: [uncoded, *map(tuple, choices.phi[i].tolist())] for i in image_ids}
-    wanted = [(i, phi) for i in image_ids for phi in sorted(set(chosen[i]))]
-    found = joint_results(detector, decoded, predictor, image_ids, features, truth, task, wanted)
-    variants = [[r for i in image_ids for r in found[i, chosen[i][p]]] for p in range(len(choices.points) + 1)]
-    return match_variants(truth.coco[task], variants, image_ids, task)
+    wanted: dict[Variant, set[str]] = {}
+    variants: dict[str, list[list[Variant]]] = {}  # of each point, of each image
+    for task, chosen in choices.items():
+        tuples = {i: [uncoded, *map(tuple, chosen.phi[i].tolist())] for i in image_ids}
+        variants[task] = [[(i, tuples[i][p]) for i in image_ids] for p in range(len(chosen.points) + 1)]
+        for variant in chain(*variants[task]):
+            wanted.setdefault(variant, set()).add(task)
+    found = joint_results(detector, decoded, predictor, image_ids, features, truth, wanted)
+    return {
+        task: match_variants(
+            truth.coco[task],
+            [[r for variant in point for r in found[task][variant]] for point in points],
+            image_ids,
+            task,
+        )
+        for task, points in variants.items()
+    }
 
 
 def joint_results(
@@ -247,33 +260,49 @@ def joint_results(
     image_ids: list[int],
     features: Features,
     truth: Truths,
-    task: str,
-    wanted: list[Variant],
-) -> dict[Variant, list[dict[str, Any]]]:
-    """Pyramids of the images `image_ids` at every quality -> COCO's results of these variants, in full passes."""
-    found = {}
-    for chunk in _chunks(wanted, PYRAMIDS_PER_PASS):
-        pyramid = _assemble(decoded, predictor, [(image_ids.index(i), phi) for i, phi in chunk])
-        sizes = [features.sizes(i) for i, _ in chunk]
-        detections = detect(detector, pyramid, sizes, {task}, truth.person_ids)
-        for key, detection in zip(chunk, detections, strict=True):
-            found[key] = results(key[0], detection, task, truth.person_ids)
+    wanted: dict[Variant, set[str]],
+) -> dict[str, dict[Variant, list[dict[str, Any]]]]:
+    """Pyramids of the images `image_ids` at every quality -> task -> COCO's results of the variants it is wanted of."""
+    found: dict[str, dict[Variant, list[dict]]] = {task: {} for task in truth.coco}
+    for ids, _ in _passes(image_ids, features):
+        sizes, labels = ({i: of(i) for i in ids} for of in (features.sizes, truth.labels))
+        variants = [variant for variant in wanted if variant[0] in sizes]
+        assembled = _assemble(decoded, predictor, [(image_ids.index(i), phi) for i, phi in variants])
+        asked = [{task: labels[v[0]][task] for task in wanted[v]} for v in variants]
+        detections = detect_variants(detector, assembled, [sizes[i] for i, _ in variants], asked)
+        for variant, detection in zip(variants, detections, strict=True):
+            for task in wanted[variant]:
+                found[task][variant] = results(variant[0], detection, task, truth.person_ids)
     return found
 
 
-def _assemble(decoded: list[Pyramid], predictor: Predictor, wanted: list[Variant]) -> Pyramid:
-    """Pyramids at every quality, (image, phi of each scale) -> these variants; a skipped scale is predicted."""
-    pyramid: Pyramid = {}
+def _passes(image_ids: list[int], features: Features) -> Iterator[tuple[list[int], slice]]:
+    """Images of one padded size -> those of each pass of the heads, and where they stand. All variants of an image
+    share a pass: what they have in common is computed once."""
+    count = images_per_pass(features.sizes(image_ids[0]))
+    for start in range(0, len(image_ids), count):
+        part = slice(start, start + count)
+        yield image_ids[part], part
+
+
+def _assemble(decoded: list[Pyramid], predictor: Predictor, wanted: list[Variant]) -> Variants:
+    """Pyramids at every quality, (place of the image, phi of each scale) -> these variants; skipped scales are predicted."""
+    maps, at = {}, {}
     for scale in COARSE_TO_FINE:
-        s = SCALES.index(scale)
+        s, coarser = SCALES.index(scale), COARSER.get(scale)
+        # A map is an image's at a quality, or what is predicted from one of the coarser scale's.
+        origins = [
+            (k, phi[s], at[coarser][n] if coarser and phi[s] == SKIPPED else 0) for n, (k, phi) in enumerate(wanted)
+        ]
+        number = {origin: m for m, origin in enumerate(dict.fromkeys(origins))}
         # Any quality's maps hold the place of a skipped scale's.
-        maps = torch.stack([decoded[max(phi[s], 0)][scale][k] for k, phi in wanted])
-        skipped = torch.tensor([phi[s] == SKIPPED for _, phi in wanted], device=maps.device)
-        if skipped.any():
-            coarser = COARSER.get(scale)
-            maps[skipped] = predictor(scale, pyramid[coarser][skipped]) if coarser else NOTHING
-        pyramid[scale] = maps
-    return {scale: pyramid[scale] for scale in SCALES}
+        maps[scale] = torch.stack([decoded[max(quality, 0)][scale][k] for k, quality, _ in number])
+        skipped = [m for (_, quality, _), m in number.items() if quality == SKIPPED]
+        if skipped:
+            sources = [source for _, quality, source in number if quality == SKIPPED]
+            maps[scale][skipped] = predictor(scale, maps[coarser][sources]) if coarser else NOTHING
+        at[scale] = [number[origin] for origin in origins]
+    return Variants({s: maps[s] for s in SCALES}, {s: at[s] for s in SCALES})
 
 
 def tabulate(
@@ -355,13 +384,16 @@ def _check_decoded(coded: Path, image_ids: list[int], clean: Pyramid, decoded: P
                 )
 
 
-def _stack(pyramids: list[Pyramid]) -> Pyramid:
-    return {scale: torch.cat([p[scale] for p in pyramids]) for scale in SCALES}
+def _shared(pyramids: list[Pyramid]) -> Variants:
+    """Pyramids of the same n images, in many of which a scale is the same tensor -> variants, pyramid by pyramid."""
+    maps, at = {}, {}
+    for scale in SCALES:
+        distinct = {p[scale].data_ptr(): p[scale] for p in pyramids}
+        first = {place: k * len(pyramids[0][scale]) for k, place in enumerate(distinct)}
+        maps[scale] = torch.cat(list(distinct.values()))
+        at[scale] = [first[p[scale].data_ptr()] + k for p in pyramids for k in range(len(p[scale]))]
+    return Variants(maps, at)
 
 
 def _on_device(pyramid: Pyramid) -> Pyramid:
     return {scale: value.to(DEVICE) for scale, value in pyramid.items()}
-
-
-def _chunks(items: list, size: int) -> list[list]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
