@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
-from stages.lib import measuring, shapes, shards
+from stages.lib import measuring, models, shapes, shards
 from stages.lib.accuracy import average_precision, match, merge, results
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes, write_coded
@@ -121,12 +121,16 @@ class Seer:
 
     def __init__(self, root: Path, features: Features):
         self.coco, self.features = ground_truth(root), features
-        self.passes = 0
+        self.passes = self.maps = 0
 
-    def detect(self, detector, pyramid, sizes, tasks, person_ids) -> list[dict[str, torch.Tensor]]:
-        assert detector is self and "keypoints" not in tasks or person_ids == {PERSON}
+    def detect(self, detector, variants, sizes, tasks) -> list[dict[str, torch.Tensor]]:
+        assert detector is self and len(sizes) == len(tasks)
         self.passes += len(sizes)
-        return [self._detect({s: p[k] for s, p in pyramid.items()}, size) for k, size in enumerate(sizes)]
+        self.maps += sum(len(maps) for maps in variants.maps.values())
+        return [
+            self._detect({s: maps[variants.at[s][k]] for s, maps in variants.maps.items()}, size)
+            for k, size in enumerate(sizes)
+        ]
 
     def _detect(self, pyramid, size) -> dict[str, torch.Tensor]:
         image_id = self.features.image_ids[size.original[1] - SIDE]
@@ -152,7 +156,7 @@ class Seer:
 @pytest.fixture
 def seer(root, features, monkeypatch) -> Seer:
     seer = Seer(root, features)
-    monkeypatch.setattr(measuring, "detect", seer.detect)
+    monkeypatch.setattr(measuring, "detect_variants", seer.detect)
     return seer
 
 
@@ -439,7 +443,7 @@ def test_equal_choices_pass_the_heads_once(seer, features, feature_codec, coded,
 
 def test_passes_of_any_size_give_the_same_points(seer, features, feature_codec, coded, allocation, monkeypatch):
     expected, _ = points_of(seer, features, feature_codec, coded, allocation, "detection")
-    monkeypatch.setattr(measuring, "PYRAMIDS_PER_PASS", 5)
+    monkeypatch.setattr(models, "PIXELS_PER_PASS", 4 * SIDE**2)
     pd.testing.assert_frame_equal(points_of(seer, features, feature_codec, coded, allocation, "detection")[0], expected)
 
 

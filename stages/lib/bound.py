@@ -171,7 +171,8 @@ def joint_loss(
     known: dict[Variant, float] = {}  # utilities
 
     def measure(variants: set[Variant]) -> None:
-        found = passes(sorted(variants - known.keys()))
+        unknown = sorted(variants - known.keys())
+        found = passes(unknown) if unknown else {}
         for image_id in {image_id for image_id, _ in found}:
             mine = [variant for variant in found if variant[0] == image_id]
             matches = match_variants(truth.coco[task], [found[variant] for variant in mine], [image_id], task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,15 +127,13 @@ def _own(
 
     Both are [variants, images].
     """
-    accuracies = {}
+    keys = [(v, i) for v in range(len(variants)) for i in image_ids]
+    sizes, asked = ([of(i) for _, i in keys] for of in (features.sizes, truth.labels))
     found: dict[str, list[list[dict]]] = {task: [[] for _ in variants] for task in truth.coco}
-    for ids, part in _passes(image_ids, features):
-        keys = [(v, i) for v in range(len(variants)) for i in ids]
-        shared = _shared([{scale: p[scale][part] for scale in SCALES} for p in variants])
-        sizes, asked = ([of(i) for i in ids] * len(variants) for of in (features.sizes, truth.labels))
-        for (v, i), detection in zip(keys, detect_variants(detector, shared, sizes, asked), strict=True):
-            for task in truth.coco:
-                found[task][v] += results(i, detection, task, truth.person_ids)
+    for (v, i), detection in zip(keys, detect_variants(detector, _shared(variants), sizes, asked), strict=True):
+        for task in truth.coco:
+            found[task][v] += results(i, detection, task, truth.person_ids)
+    accuracies = {}
     for task, coco in truth.coco.items():
         matches = match_variants(coco, found[task], image_ids, task)
         accuracies[task] = np.stack([per_image(m) for m in matches]), np.stack([m.utility for m in matches])
@@ -262,31 +260,20 @@ def joint_results(
     truth: Truths,
     wanted: dict[Variant, set[str]],
 ) -> dict[str, dict[Variant, list[dict[str, Any]]]]:
-    """Pyramids of the images `image_ids` at every quality -> task -> COCO's results of the variants it is wanted of."""
+    """Pyramids of the images `image_ids` at every quality -> task -> COCO's results of the variants wanted for it."""
+    place, sizes, labels = ({i: of(i) for i in image_ids} for of in (image_ids.index, features.sizes, truth.labels))
+    variants = _assemble(decoded, predictor, [(place[i], phi) for i, phi in wanted])
+    asked = [{task: labels[i][task] for task in tasks} for (i, _), tasks in wanted.items()]
+    detections = detect_variants(detector, variants, [sizes[i] for i, _ in wanted], asked)
     found: dict[str, dict[Variant, list[dict]]] = {task: {} for task in truth.coco}
-    for ids, _ in _passes(image_ids, features):
-        sizes, labels = ({i: of(i) for i in ids} for of in (features.sizes, truth.labels))
-        variants = [variant for variant in wanted if variant[0] in sizes]
-        assembled = _assemble(decoded, predictor, [(image_ids.index(i), phi) for i, phi in variants])
-        asked = [{task: labels[v[0]][task] for task in wanted[v]} for v in variants]
-        detections = detect_variants(detector, assembled, [sizes[i] for i, _ in variants], asked)
-        for variant, detection in zip(variants, detections, strict=True):
-            for task in wanted[variant]:
-                found[task][variant] = results(variant[0], detection, task, truth.person_ids)
+    for (variant, tasks), detection in zip(wanted.items(), detections, strict=True):
+        for task in tasks:
+            found[task][variant] = results(variant[0], detection, task, truth.person_ids)
     return found
 
 
-def _passes(image_ids: list[int], features: Features) -> Iterator[tuple[list[int], slice]]:
-    """Images of one padded size -> those of each pass of the heads, and where they stand. All variants of an image
-    share a pass: what they have in common is computed once."""
-    count = images_per_pass(features.sizes(image_ids[0]))
-    for start in range(0, len(image_ids), count):
-        part = slice(start, start + count)
-        yield image_ids[part], part
-
-
 def _assemble(decoded: list[Pyramid], predictor: Predictor, wanted: list[Variant]) -> Variants:
-    """Pyramids at every quality, (place of the image, phi of each scale) -> these variants; skipped scales are predicted."""
+    """Pyramids at every quality, (image, phi of each scale) -> these variants; a skipped scale is predicted."""
     maps, at = {}, {}
     for scale in COARSE_TO_FINE:
         s, coarser = SCALES.index(scale), COARSER.get(scale)
@@ -358,7 +345,11 @@ def bits_of(coded: Path, qualities: list[str], features: Features) -> dict[int, 
 
 
 def over_batches(function: Callable[[list[int]], Any], features: Features, name: str) -> list[Any]:
-    batches, total = list(features.batches()), len(features.image_ids)
+    """What `function` makes of each batch of images, in order; all variants of an image are in one."""
+    total, batches = len(features.image_ids), []
+    for batch in features.batches():
+        size = images_per_pass(features.sizes(batch[0]))
+        batches += [batch[start : start + size] for start in range(0, len(batch), size)]
     found = zip(map_shards(function, batches), batches, strict=True)
     return [result for result, _ in progress(found, name, total, lambda part: len(part[1]))]
 
@@ -388,10 +379,10 @@ def _shared(pyramids: list[Pyramid]) -> Variants:
     """Pyramids of the same n images, in many of which a scale is the same tensor -> variants, pyramid by pyramid."""
     maps, at = {}, {}
     for scale in SCALES:
-        distinct = {p[scale].data_ptr(): p[scale] for p in pyramids}
-        first = {place: k * len(pyramids[0][scale]) for k, place in enumerate(distinct)}
+        distinct = {id(p[scale]): p[scale] for p in pyramids}
+        first = {tensor: k * len(pyramids[0][scale]) for k, tensor in enumerate(distinct)}
         maps[scale] = torch.cat(list(distinct.values()))
-        at[scale] = [first[p[scale].data_ptr()] + k for p in pyramids for k in range(len(p[scale]))]
+        at[scale] = [first[id(p[scale])] + k for p in pyramids for k in range(len(p[scale]))]
     return Variants(maps, at)
 
 
