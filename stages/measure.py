@@ -29,19 +29,16 @@ def main(
     params = load_params()
     described = params["models"][model]
     detector, predictor = load_model(weights, described), load_predictor(prediction)
-    feature_codec, clean, images = load_codec(codec), read_csv(uncoded), []
+    feature_codec, clean, frames = load_codec(codec), read_csv(uncoded), []
     for split in ("fit", "test"):
         part = load_split(splits, split)
         truth = truths({task: ground_truth(part, task) for task in described["tasks"]})
-        images.append((Features(features, split), truth))
+        images, lambdas = Features(features, split), list(params["lambdas"])
+        frames.append(single_scale_losses(detector, images, coded, lambdas, feature_codec, predictor, truth, clean))
+    losses = pd.concat(frames)
     with atomic(out) as scratch:
         for quality in params["lambdas"]:
-            records, ledger = coded / f"{quality}.h5", coded / f"{quality}.csv"
-            frames = [
-                single_scale_losses(detector, part, records, feature_codec, ledger, predictor, truth, clean)
-                for part, truth in images
-            ]
-            write_csv(scratch / f"{quality}.csv", pd.concat(frames, ignore_index=True))
+            write_csv(scratch / f"{quality}.csv", losses[losses["quality"] == quality].drop(columns="quality"))
 
 
 if __name__ == "__main__":

@@ -198,19 +198,18 @@ def decoded_pyramids(path: Path, feature_codec: FeatureCodec) -> dict[int, dict[
 # ---- one coded scale at a time
 
 
-def fake_ledger(path: Path, errors: dict[tuple[int, str], float]) -> Path:
+def fake_ledger(path: Path, errors: dict[tuple[int, str], float]) -> None:
     rows = [("test", image_id, scale, error) for (image_id, scale), error in errors.items()]
     write_csv(path, pd.DataFrame(rows, columns=["split", "image_id", "scale", "mse_feature"]))
-    return path
 
 
 def test_features_decoded_without_error_lose_nothing(seer, features, predictor, tmp_path, monkeypatch):
     without_error = SimpleNamespace(decode=lambda image_ids, _: features.pyramids(image_ids))
     monkeypatch.setattr(measuring, "CodedSplit", lambda path, split: without_error)
-    ledger = fake_ledger(tmp_path / "q.csv", {(i, s): 0.0 for i in features.image_ids for s in SCALES})
+    fake_ledger(tmp_path / "q.csv", {(i, s): 0.0 for i in features.image_ids for s in SCALES})
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
     uncoded = uncoded_accuracies(seer, features, predictor, truth)
-    losses = single_scale_losses(seer, features, tmp_path / "q.h5", None, ledger, predictor, truth, uncoded)
+    losses = single_scale_losses(seer, features, tmp_path, ["q"], None, predictor, truth, uncoded)
     assert (losses[["drop", "loss"]] == 0).all(axis=None) and (losses["clean"] == losses["coded"]).all()
     assert losses["clean"].between(0.05, 0.999).any()  # a detector that is neither blind nor perfect
 
@@ -222,10 +221,9 @@ def test_each_drop_and_loss_is_that_of_the_image_alone(seer, features, feature_c
     truth = truths({task: seer.coco[task] for task in ("detection", "keypoints")})
     own = uncoded_accuracies(seer, features, predictor, truth)
     assert own.columns.tolist() == ["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"]
-    parts = coded / "q1.h5", feature_codec, coded / "q1.csv", predictor
-    losses = single_scale_losses(seer, features, *parts, truth, own)
+    losses = single_scale_losses(seer, features, coded, ["q1"], feature_codec, predictor, truth, own)
     measured = ["clean", "coded", "drop", "loss", "loss_skipped"]
-    assert losses.columns.tolist() == ["task", "split", "image_id", "scale", *measured]
+    assert losses.columns.tolist() == ["quality", "task", "split", "image_id", "scale", *measured]
     assert losses["scale"].map(type).eq(str).all()
     clean, decoded = clean_pyramids(features), decoded_pyramids(coded / "q1.h5", feature_codec)
     lines, own_lines = losses.set_index(KEY), own.set_index(KEY)
@@ -266,6 +264,21 @@ def test_each_drop_and_loss_is_that_of_the_image_alone(seer, features, feature_c
     assert losses[["drop", "loss", "loss_skipped"]].abs().max().min() > 0.05 and set(losses["split"]) == {"test"}
 
 
+def test_qualities_measured_together_have_the_losses_that_each_has_alone(seer, features, feature_codec, coded):
+    together = measure(seer, features, feature_codec, coded, list(QUALITIES))
+    alone = [measure(seer, features, feature_codec, coded, [quality]) for quality in QUALITIES]
+    pd.testing.assert_frame_equal(together, pd.concat(alone, ignore_index=True))
+    assert together.groupby("quality")["loss"].sum().is_monotonic_decreasing
+
+
+def test_maps_that_variants_have_in_common_pass_the_heads_once(seer, features, feature_codec, coded, monkeypatch):
+    monkeypatch.setattr(shards, "WORKERS", 0)
+    uncoded_maps = (1 + 1) * len(SCALES)  # of each image: clean, and predicted, or nothing
+    coded_maps = len(SCALES) + len(QUALITIES) * (len(SCALES) + len(COARSER))
+    measure(seer, features, feature_codec, coded, list(QUALITIES))
+    assert seer.maps == len(features.image_ids) * (uncoded_maps + coded_maps)
+
+
 def copy_of(coded: Path, folder: Path, quality: str = "q1") -> tuple[Path, Path]:
     paths = folder / f"{quality}.h5", folder / f"{quality}.csv"
     for path in paths:
@@ -273,27 +286,27 @@ def copy_of(coded: Path, folder: Path, quality: str = "q1") -> tuple[Path, Path]
     return paths
 
 
-def measure(seer, features, feature_codec, path, ledger):
-    truth, predictor = truths({"detection": seer.coco["detection"]}), Predictor(CHANNELS)
+def measure(seer, features, feature_codec, coded, qualities):
+    truth, predictor = truths({"detection": seer.coco["detection"]}), seeded_predictor()
     uncoded = uncoded_accuracies(seer, features, predictor, truth)
-    return single_scale_losses(seer, features, path, feature_codec, ledger, predictor, truth, uncoded)
+    return single_scale_losses(seer, features, coded, qualities, feature_codec, predictor, truth, uncoded)
 
 
 def test_a_changed_coded_file_is_refused(seer, features, feature_codec, coded, tmp_path):
-    path, ledger = copy_of(coded, tmp_path)
+    path, _ = copy_of(coded, tmp_path)
     with h5py.File(path, "r+") as file:
         at = file["test/offsets"][5]  # of the second image's first record
         file["test/data"][at + 4] = file["test/data"][at + 4] ^ 4  # doubles the upper end of the range, or halves it
     with pytest.raises(InputError, match=f"q1.h5.*image {features.image_ids[1]}, scale 0"):
-        measure(seer, features, feature_codec, path, ledger)
+        measure(seer, features, feature_codec, tmp_path, ["q1"])
 
 
 def test_a_changed_ledger_is_refused(seer, features, feature_codec, coded, tmp_path):
-    path, ledger = copy_of(coded, tmp_path)
+    _, ledger = copy_of(coded, tmp_path)
     lines = read_csv(ledger)
     write_csv(ledger, lines.assign(mse_feature=lines["mse_feature"] * np.where(lines.index == 8, 1.005, 1)))
     with pytest.raises(InputError, match=f"q1.h5.*image {features.image_ids[1]}, scale 3"):
-        measure(seer, features, feature_codec, path, ledger)
+        measure(seer, features, feature_codec, tmp_path, ["q1"])
 
 
 def test_evaluate_refuses_a_changed_coded_file(seer, features, feature_codec, coded, allocation, tmp_path):
@@ -307,10 +320,10 @@ def test_evaluate_refuses_a_changed_coded_file(seer, features, feature_codec, co
 
 
 def test_a_ledger_of_other_images_is_refused(seer, features, feature_codec, coded, tmp_path):
-    path, ledger = copy_of(coded, tmp_path)
+    _, ledger = copy_of(coded, tmp_path)
     write_csv(ledger, read_csv(ledger).iloc[:-1])
     with pytest.raises(InputError, match="q1"):
-        measure(seer, features, feature_codec, path, ledger)
+        measure(seer, features, feature_codec, tmp_path, ["q1"])
 
 
 # ---- allocations

@@ -76,48 +76,51 @@ def single_scale_losses(
     detector: nn.Module,
     features: Features,
     coded: Path,
+    qualities: list[str],
     feature_codec: FeatureCodec,
-    ledger: Path,
     predictor: Predictor,
     truth: Truths,
     uncoded: pd.DataFrame,
 ) -> pd.DataFrame:
-    """One scale coded, the others clean -> rows task, split, image_id, scale, clean, coded, drop, loss, loss_skipped.
+    """One scale coded -> rows quality, task, split, image_id, scale, clean, coded, drop, loss, loss_skipped.
 
     clean (of `uncoded`), coded: the image's own COCO AP, drop their difference; loss: the utility (`accuracy`) that the
     image's detections lose, in objects, the smooth task loss; loss_skipped: the same where the scale is not sent, but
     predicted from its coarser one coded at this quality (scale 3, which has none: as in `uncoded`). Images without
-    ground truth of a task have no row. All variants of a batch of images pass the heads together. Decoding is checked
-    against the encoder: another reconstruction than the ledger's raises InputError.
+    ground truth of a task have no row. All variants of a batch of images, of all qualities, pass the heads together.
     """
-    expected, records = _lines(ledger, features, "mse_feature"), CodedSplit(coded, features.split)
+    decode = decoder(features, coded, qualities, feature_codec)
     of_scale_3 = uncoded[(uncoded["split"] == features.split) & (uncoded["scale"] == "3")]
     of_scale_3 = of_scale_3.set_index(["task", "image_id"])[["clean", "utility", "loss_skipped"]]
     own = dict(zip(of_scale_3.index, of_scale_3.to_numpy().tolist(), strict=True))
 
     def measure(image_ids: list[int]) -> list[tuple]:
-        clean = _on_device(features.pyramids(image_ids))
-        decoded = records.decode(image_ids, feature_codec)
-        _check_decoded(coded, image_ids, clean, decoded, expected)
-        variants = [clean | {scale: decoded[scale]} for scale in SCALES]
-        variants += [clean | {scale: predictor(scale, decoded[coarser])} for scale, coarser in COARSER.items()]
-        rows = []
-        for task, (accuracies, utilities) in _own(detector, variants, image_ids, features, truth).items():
-            for image_id, values, worth in zip(image_ids, accuracies.T, utilities.T, strict=True):
-                if (task, image_id) in own:
-                    before, utility, without_3 = own[task, image_id]
-                    of_coded, of_skipped = np.split(utility - worth, [len(SCALES)])
-                    losses = {"3": without_3} | dict(zip(COARSER, of_skipped, strict=True))
-                    rows += [
-                        (task, features.split, image_id, scale, before, value, before - value, loss, losses[scale])
-                        for scale, value, loss in zip(SCALES, values[: len(SCALES)], of_coded, strict=True)
-                    ]
+        *decoded, clean = decode(image_ids)
+        variants, rows = [], []
+        for maps in decoded:
+            variants += [clean | {scale: maps[scale]} for scale in SCALES]
+            variants += [clean | {scale: predictor(scale, maps[coarser])} for scale, coarser in COARSER.items()]
+        for task, measured in _own(detector, variants, image_ids, features, truth).items():
+            parts = (np.split(values, len(qualities)) for values in measured)
+            for quality, accuracies, utilities in zip(qualities, *parts, strict=True):
+                for image_id, values, worth in zip(image_ids, accuracies.T, utilities.T, strict=True):
+                    if (task, image_id) in own:
+                        key, (before, utility, without_3) = (
+                            (quality, task, features.split, image_id),
+                            own[task, image_id],
+                        )
+                        of_coded, of_skipped = np.split(utility - worth, [len(SCALES)])
+                        losses = {"3": without_3} | dict(zip(COARSER, of_skipped, strict=True))
+                        rows += [
+                            (*key, scale, before, value, before - value, loss, losses[scale])
+                            for scale, value, loss in zip(SCALES, values[: len(SCALES)], of_coded, strict=True)
+                        ]
         return rows
 
     rows = [row for part in over_batches(measure, features, f"measure {features.split}") for row in part]
-    columns = ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]
+    columns = ["quality", "task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]
     frame = pd.DataFrame(rows, columns=columns)
-    return frame.sort_values(["task", "image_id", "scale"], kind="stable", ignore_index=True)
+    return frame.sort_values(["quality", "task", "image_id", "scale"], kind="stable", ignore_index=True)
 
 
 def _own(
