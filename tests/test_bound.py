@@ -318,12 +318,13 @@ def world(tmp_path, truth, monkeypatch) -> SimpleNamespace:
     for quality, lmbda in LAMBDAS.items():
         write_coded(tmp_path, quality, [features], codec, lmbda)
 
-    def detect(detector, pyramid, sizes, tasks, person_ids):
+    def detect(detector, variants, sizes, tasks):
         found = []
         for k, size in enumerate(sizes):
             image_id = size.original[1] - 64
-            blur = sum((pyramid[s][k] - clean[image_id][s][0]).abs().mean().item() for s in SCALES)
-            results = seen(image_id, 2 * blur + 30 * pyramid["2"][k].mean().item() ** 2)
+            pyramid = {s: maps[variants.at[s][k]] for s, maps in variants.maps.items()}
+            blur = sum((pyramid[s] - clean[image_id][s][0]).abs().mean().item() for s in SCALES)
+            results = seen(image_id, 2 * blur + 30 * pyramid["2"].mean().item() ** 2)
             boxes = torch.tensor([r["bbox"] for r in results]).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]
             found.append(
@@ -331,7 +332,7 @@ def world(tmp_path, truth, monkeypatch) -> SimpleNamespace:
             )
         return found
 
-    monkeypatch.setattr(measuring, "detect", detect)
+    monkeypatch.setattr(measuring, "detect_variants", detect)
     monkeypatch.setattr(module, "ENUMERATED", 2)
     rng = np.random.default_rng(0)
     bits = np.stack(list(bits_of(tmp_path, list(LAMBDAS), features).values())).astype(float)

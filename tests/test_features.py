@@ -6,7 +6,7 @@ import pytest
 import torch
 from artifacts import write_features
 
-from stages.lib import features
+from stages.lib import features, models
 from stages.lib.features import Features, batches_by_size
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, InputError
@@ -103,9 +103,9 @@ def test_batches_hold_images_of_one_padded_size(tmp_path, monkeypatch):
 
 
 def test_large_images_share_a_batch_with_few(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "BATCH_PIXELS", 2 * 64 * 128)
+    monkeypatch.setattr(models, "PIXELS_PER_PASS", 2 * 64 * 128)
     assert list(batches_by_size({i: WIDE for i in range(5)})) == [[0, 1], [2, 3], [4]]
-    monkeypatch.setattr(features, "BATCH_PIXELS", 1)
+    monkeypatch.setattr(models, "PIXELS_PER_PASS", 1)
     assert list(batches_by_size({i: WIDE for i in range(2)})) == [[0], [1]]
 
 

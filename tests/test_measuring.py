@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
-from stages.lib import measuring, shapes
+from stages.lib import measuring, models, shapes
 from stages.lib.accuracy import average_precision, match, merge, results
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes
@@ -123,12 +123,16 @@ class Seer:
 
     def __init__(self, root: Path, features: Features):
         self.coco, self.features = ground_truth(root), features
-        self.passes = 0
+        self.passes = self.maps = 0
 
-    def detect(self, detector, pyramid, sizes, tasks, person_ids) -> list[dict[str, torch.Tensor]]:
-        assert detector is self and "keypoints" not in tasks or person_ids == {PERSON}
+    def detect(self, detector, variants, sizes, tasks) -> list[dict[str, torch.Tensor]]:
+        assert detector is self and len(sizes) == len(tasks)
         self.passes += len(sizes)
-        return [self._detect({s: p[k] for s, p in pyramid.items()}, size) for k, size in enumerate(sizes)]
+        self.maps += sum(len(maps) for maps in variants.maps.values())
+        return [
+            self._detect({s: maps[variants.at[s][k]] for s, maps in variants.maps.items()}, size)
+            for k, size in enumerate(sizes)
+        ]
 
     def _detect(self, pyramid, size) -> dict[str, torch.Tensor]:
         image_id = self.features.image_ids[size.original[1] - SIDE]
@@ -154,7 +158,7 @@ class Seer:
 @pytest.fixture
 def seer(root, features, monkeypatch) -> Seer:
     seer = Seer(root, features)
-    monkeypatch.setattr(measuring, "detect", seer.detect)
+    monkeypatch.setattr(measuring, "detect_variants", seer.detect)
     return seer
 
 
@@ -196,10 +200,9 @@ def decoded_pyramids(path: Path, features: Features, feature_codec: FeatureCodec
 # ---- one coded scale at a time
 
 
-def fake_ledger(path: Path, errors: dict[tuple[int, str], float]) -> Path:
+def fake_ledger(path: Path, errors: dict[tuple[int, str], float]) -> None:
     rows = [("test", image_id, scale, error) for (image_id, scale), error in errors.items()]
     write_csv(path, pd.DataFrame(rows, columns=["split", "image_id", "scale", "mse_feature"]))
-    return path
 
 
 def test_features_decoded_without_error_lose_nothing(seer, features, predictor, tmp_path, monkeypatch):
@@ -224,9 +227,9 @@ def test_each_drop_and_loss_is_that_of_the_image_alone(seer, features, feature_c
     parts = coded, list(QUALITIES), feature_codec, predictor
     losses = single_scale_losses(seer, features, *parts, truth, own)(features.image_ids)
     assert losses["quality"].unique().tolist() == list(QUALITIES)
-    losses = losses[losses["quality"] == "q1"].drop(columns="quality")
+    losses = losses[losses["quality"] == "q1"]
     measured = ["clean", "coded", "drop", "loss", "loss_skipped"]
-    assert losses.columns.tolist() == ["task", "split", "image_id", "scale", *measured]
+    assert losses.columns.tolist() == ["quality", "task", "split", "image_id", "scale", *measured]
     assert losses["scale"].map(type).eq(str).all()
     clean, decoded = clean_pyramids(features), decoded_pyramids(coded / "q1", features, feature_codec)
     lines, own_lines = losses.set_index(KEY), own.set_index(KEY)
@@ -267,16 +270,30 @@ def test_each_drop_and_loss_is_that_of_the_image_alone(seer, features, feature_c
     assert losses[["drop", "loss", "loss_skipped"]].abs().max().min() > 0.05 and set(losses["split"]) == {"test"}
 
 
+def test_qualities_measured_together_have_the_losses_that_each_has_alone(seer, features, feature_codec, coded):
+    together = measure(seer, features, feature_codec, coded, list(QUALITIES))
+    alone = [measure(seer, features, feature_codec, coded, [quality]) for quality in QUALITIES]
+    pd.testing.assert_frame_equal(together, pd.concat(alone, ignore_index=True))
+    assert together.groupby("quality")["loss"].sum().is_monotonic_decreasing
+
+
+def test_maps_that_variants_have_in_common_pass_the_heads_once(seer, features, feature_codec, coded):
+    uncoded_maps = (1 + 1) * len(SCALES)  # of each image: clean, and predicted, or nothing
+    coded_maps = len(SCALES) + len(QUALITIES) * (len(SCALES) + len(COARSER))
+    measure(seer, features, feature_codec, coded, list(QUALITIES))
+    assert seer.maps == len(features.image_ids) * (uncoded_maps + coded_maps)
+
+
 def copy_of(coded: Path, folder: Path, quality: str = "q1") -> tuple[Path, Path]:
     shutil.copytree(coded / quality, folder / quality)
     shutil.copy(coded / f"{quality}.csv", folder)
     return folder / quality / "test-00000.h5", folder / f"{quality}.csv"
 
 
-def measure(seer, features, feature_codec, folder):
-    truth, predictor = truths({"detection": seer.coco["detection"]}), Predictor(CHANNELS)
+def measure(seer, features, feature_codec, folder, qualities=("q1",)):
+    truth, predictor = truths({"detection": seer.coco["detection"]}), seeded_predictor()
     uncoded = uncoded_accuracies(seer, features, predictor, truth, features.image_ids)
-    parts = folder, ["q1"], feature_codec, predictor, truth, uncoded
+    parts = folder, list(qualities), feature_codec, predictor, truth, uncoded
     return single_scale_losses(seer, features, *parts)(features.image_ids)
 
 
@@ -449,7 +466,7 @@ def test_equal_choices_pass_the_heads_once(seer, features, feature_codec, coded,
 
 def test_passes_of_any_size_give_the_same_points(seer, features, feature_codec, coded, allocation, monkeypatch):
     expected, _ = points_of(seer, features, feature_codec, coded, allocation, "detection")
-    monkeypatch.setattr(measuring, "PYRAMIDS_PER_PASS", 5)
+    monkeypatch.setattr(models, "PIXELS_PER_PASS", 4 * SIDE**2)
     pd.testing.assert_frame_equal(points_of(seer, features, feature_codec, coded, allocation, "detection")[0], expected)
 
 

@@ -10,6 +10,7 @@ COCOeval.accumulate would have to run once per image and once per resample.
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,11 +50,13 @@ def results(
 ) -> list[dict[str, Any]]:
     """One image's detections as torchvision gives them -> COCO's result dicts.
 
-    boxes [n, 4] (x1, y1, x2, y2), labels [n], scores [n], masks [n, 1, H, W] in [0, 1], keypoints [n, K, 3] (x, y, 1).
+    boxes [n, 4] (x1, y1, x2, y2), labels [n], scores [n], masks [n, 1, H, W] in [0, 1] or the n run_lengths of what is
+    above 0.5, keypoints [n, K, 3] (x, y, 1).
     Keypoints are kept for the categories `person_ids` only (None: for all).
     """
     if task == "segmentation":
-        key, values = "segmentation", _run_lengths(detection["masks"])
+        codes = detection["run_lengths"] if "run_lengths" in detection else _run_lengths(detection["masks"])
+        key, values = "segmentation", codes
     elif task == "keypoints":
         key, values = "keypoints", detection["keypoints"].flatten(1).tolist()
     else:
@@ -95,13 +98,18 @@ def match_variants(truth: COCO, variants: list[list[dict[str, Any]]], image_ids:
         n_positive[image_index[image_id], category_index[category_id]] = sum(not item["ignore"] for item in objects)
 
     matches = []
+    known: dict[bytes, tuple[dict[str, Any], float]] = {}  # variants have many detections in common
     for found in variants:
         evaluation._dts = _by_pair(found, image_index, category_index)
         pairs = sorted(evaluation._dts, key=lambda pair: pair[::-1])  # by category, then image, as COCOeval
         evaluated, utility = [], np.zeros(len(image_ids))
         for pair in pairs:
-            evaluated.append(_evaluate(evaluation, pair, sigmas))
-            utility[image_index[pair[0]]] += _utility(evaluation, pair, evaluated[-1]["dtScores"])
+            key = pickle.dumps(evaluation._dts[pair])
+            if key not in known:
+                matched = _evaluate(evaluation, pair, sigmas)
+                known[key] = matched, _utility(evaluation, pair, matched["dtScores"])
+            evaluated.append(known[key][0])
+            utility[image_index[pair[0]]] += known[key][1]
         counts = [len(each["dtScores"]) for each in evaluated]
         nothing = np.zeros((len(evaluation.params.iouThrs), 0))
         matches.append(

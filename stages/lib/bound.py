@@ -110,17 +110,20 @@ def bound(
     def study(image_ids: list[int]) -> _Part:
         decoded = decode(image_ids)
         mirrored = [*(coded_mirrored(decoded[-1], level, feature_codec) for level in levels), decoded[-1]]
-        args = predictor, image_ids, features, truth, task
+        args = predictor, image_ids, features, truth
+
+        def passes(pyramids: list[Pyramid], variants: list[Variant]) -> dict[Variant, list[dict]]:
+            return joint_results(detector, pyramids, *args, dict.fromkeys(variants, {task}))[task]
+
         loss, loss_mirrored = (
-            joint_loss(partial(joint_results, detector, pyramids, *args), truth, task, len(levels))
-            for pyramids in (decoded, mirrored)
+            joint_loss(partial(passes, pyramids), truth, task, len(levels)) for pyramids in (decoded, mirrored)
         )
         joint = descend_points(choices, price, image_ids, curves, loss)
         other = choose_on(loss_mirrored, image_ids, price[points_of(choices, "oracle")], curves)
         phi = {i: np.concatenate([choices.phi[i], joint[i], other[i]]) for i in image_ids}
         return _Part(
             phi,
-            *(joint_matches(detector, maps, *args, Choices(points, phi)) for maps in (decoded, mirrored)),
+            *(joint_matches(detector, maps, *args, {task: Choices(points, phi)})[task] for maps in (decoded, mirrored)),
             additivity(np.intersect1d(image_ids, labelled), curves, loss, loss_mirrored, seed),
             enumerate_tuples(np.intersect1d(image_ids, enumerated), all_prices[len(price) :], curves, loss),
         )
@@ -168,7 +171,8 @@ def joint_loss(
     known: dict[Variant, float] = {}  # utilities
 
     def measure(variants: set[Variant]) -> None:
-        found = passes(sorted(variants - known.keys()))
+        unknown = sorted(variants - known.keys())
+        found = passes(unknown) if unknown else {}
         for image_id in {image_id for image_id, _ in found}:
             mine = [variant for variant in found if variant[0] == image_id]
             matches = match_variants(truth.coco[task], [found[variant] for variant in mine], [image_id], task)

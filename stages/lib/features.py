@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from stages.lib.files import create_h5, open_h5, read_csv, write_array
-from stages.lib.models import Sizes
+from stages.lib.models import Sizes, images_per_pass
 from stages.lib.params import SCALES, InputError
 from stages.lib.shards import IMAGES
 
-BATCH = 8  # images of one size that pass the heads together,
-BATCH_PIXELS = 2**20  # or fewer, of no more padded pixels than this in all
+BATCH = 8  # images of one size that pass the heads together, or fewer if they are large
 LEVELS = 1023  # of uint10
 INDEX = ["split", "image_id", *(f"{kind}_{side}" for kind in Sizes._fields for side in ("height", "width"))]
 
@@ -114,7 +113,7 @@ def batches_by_size(sizes: dict[int, Sizes]) -> Iterator[list[int]]:
     by_size: dict[tuple[int, int], list[int]] = {}
     for image_id in sorted(sizes):
         by_size.setdefault(sizes[image_id].padded, []).append(image_id)
-    for (height, width), ids in sorted(by_size.items()):
-        count = max(1, min(BATCH, BATCH_PIXELS // (height * width)))
+    for _, ids in sorted(by_size.items()):
+        count = min(BATCH, images_per_pass(sizes[ids[0]]))
         for start in range(0, len(ids), count):
             yield ids[start : start + count]

@@ -20,13 +20,12 @@ from stages.lib.coco import ground_truth, load_split
 from stages.lib.coding import CodedSplit, FeatureCodec, load_codec
 from stages.lib.features import Features
 from stages.lib.files import create_h5, open_h5, read_csv, write_array
-from stages.lib.models import DEVICE, detect, load_model
+from stages.lib.models import DEVICE, Asked, Variants, detect_variants, load_model
 from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED, InputError
 from stages.lib.prediction import NOTHING, Predictor
 from stages.lib.prediction import load as load_predictor
 from stages.lib.shards import Shard
 
-PYRAMIDS_PER_PASS = 48  # of the heads: enough to fill a CPU's caches and a GPU, flat in memory
 ACCURACY_NAMES = {"detection": "box AP", "segmentation": "mask AP", "keypoints": "keypoint AP"}
 LOSSES = ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]
 POINTS_PER_READ = 16  # of Matches: few reads, flat memory
@@ -41,6 +40,10 @@ class Truths(NamedTuple):
 
     coco: dict[str, COCO]
     person_ids: set[int]
+
+    def labels(self, image_id: int) -> Asked:
+        """Task -> the labels of the image's objects: of another label a detection is wrong, whatever its mask is."""
+        return {task: {a["category_id"] for a in coco.imgToAnns[image_id]} for task, coco in self.coco.items()}
 
 
 def truths(coco: dict[str, COCO]) -> Truths:
@@ -91,32 +94,34 @@ def single_scale_losses(
     clean (of `uncoded`), coded: the image's own COCO AP, drop their difference; loss: the utility (`accuracy`) that the
     image's detections lose, in objects, the smooth task loss; loss_skipped: the same where the scale is not sent, but
     predicted from its coarser one coded at this quality (scale 3, which has none: as in `uncoded`). Images without
-    ground truth of a task have no row. Decoding is checked against the encoder, see `decoder`.
+    ground truth of a task have no row. All variants of a batch of images, of all qualities, pass the heads together.
+    Decoding is checked against the encoder, see `decoder`.
     """
     decode = decoder(features, coded, qualities, feature_codec)
     of_scale_3 = uncoded[(uncoded["split"] == features.split) & (uncoded["scale"] == "3")]
     of_scale_3 = of_scale_3.set_index(["task", "image_id"])[["clean", "utility", "loss_skipped"]]
     own = dict(zip(of_scale_3.index, of_scale_3.to_numpy().tolist(), strict=True))
 
-    def of_quality(quality: str, image_ids: list[int], clean: Pyramid, decoded: Pyramid) -> Iterator[tuple]:
-        variants = [clean | {scale: decoded[scale]} for scale in SCALES]
-        variants += [clean | {scale: predictor(scale, decoded[coarser])} for scale, coarser in COARSER.items()]
-        for task, (accuracies, utilities) in _own(detector, variants, image_ids, features, truth).items():
-            for image_id, values, worth in zip(image_ids, accuracies.T, utilities.T, strict=True):
-                if (task, image_id) in own:
-                    before, utility, without_3 = own[task, image_id]
-                    of_coded, of_skipped = np.split(utility - worth, [len(SCALES)])
-                    losses = {"3": without_3} | dict(zip(COARSER, of_skipped, strict=True))
-                    key = quality, task, features.split, image_id
-                    for scale, value, loss in zip(SCALES, values[: len(SCALES)], of_coded, strict=True):
-                        yield (*key, scale, before, value, before - value, loss, losses[scale])
+    def of_batch(image_ids: list[int]) -> Iterator[tuple]:
+        *decoded, clean = decode(image_ids)
+        variants = []
+        for maps in decoded:
+            variants += [clean | {scale: maps[scale]} for scale in SCALES]
+            variants += [clean | {scale: predictor(scale, maps[coarser])} for scale, coarser in COARSER.items()]
+        for task, measured in _own(detector, variants, image_ids, features, truth).items():
+            parts = (np.split(values, len(qualities)) for values in measured)
+            for quality, accuracies, utilities in zip(qualities, *parts, strict=True):
+                for image_id, values, worth in zip(image_ids, accuracies.T, utilities.T, strict=True):
+                    if (task, image_id) in own:
+                        before, utility, without_3 = own[task, image_id]
+                        of_coded, of_skipped = np.split(utility - worth, [len(SCALES)])
+                        losses = {"3": without_3} | dict(zip(COARSER, of_skipped, strict=True))
+                        key = quality, task, features.split, image_id
+                        for scale, value, loss in zip(SCALES, values[: len(SCALES)], of_coded, strict=True):
+                            yield (*key, scale, before, value, before - value, loss, losses[scale])
 
     def measure(image_ids: list[int]) -> pd.DataFrame:
-        rows = []
-        for batch in features.batches(image_ids):
-            *decoded, clean = decode(batch)
-            for quality, pyramid in zip(qualities, decoded, strict=True):
-                rows += of_quality(quality, batch, clean, pyramid)
+        rows = [row for batch in features.batches(image_ids) for row in of_batch(batch)]
         return pd.DataFrame(rows, columns=["quality", *LOSSES])
 
     return measure
@@ -129,15 +134,15 @@ def _own(
 
     Both are [variants, images].
     """
-    sizes, tasks = [features.sizes(i) for i in image_ids], set(truth.coco)
-    detections = detect(detector, _stack(variants), sizes * len(variants), tasks, truth.person_ids)
+    keys = [(v, i) for v in range(len(variants)) for i in image_ids]
+    sizes, asked = ([of(i) for _, i in keys] for of in (features.sizes, truth.labels))
+    found: dict[str, list[list[dict]]] = {task: [[] for _ in variants] for task in truth.coco}
+    for (v, i), detection in zip(keys, detect_variants(detector, _shared(variants), sizes, asked), strict=True):
+        for task in truth.coco:
+            found[task][v] += results(i, detection, task, truth.person_ids)
     accuracies = {}
     for task, coco in truth.coco.items():
-        found = [
-            [r for i, d in zip(image_ids, part, strict=True) for r in results(i, d, task, truth.person_ids)]
-            for part in _chunks(detections, len(image_ids))
-        ]
-        matches = match_variants(coco, found, image_ids, task)
+        matches = match_variants(coco, found[task], image_ids, task)
         accuracies[task] = np.stack([per_image(m) for m in matches]), np.stack([m.utility for m in matches])
     return accuracies
 
@@ -194,15 +199,13 @@ def evaluator(
     decode = decoder(features, coded, qualities, feature_codec)
 
     def measure(image_ids: list[int], path: Path) -> None:
-        parts: dict[str, list[list[Matches]]] = {task: [] for task in choices}
-        for batch in features.batches(image_ids):
-            decoded = decode(batch)
-            for task, chosen in choices.items():
-                args = detector, decoded, predictor, batch, features, truth, task, chosen
-                parts[task].append(joint_matches(*args))
+        parts = [
+            joint_matches(detector, decode(batch), predictor, batch, features, truth, choices)
+            for batch in features.batches(image_ids)
+        ]
         with create_h5(path) as file:
-            for task, of_task in parts.items():
-                points = [merge(list(point)) for point in zip(*of_task, strict=True)]
+            for task in choices:
+                points = [merge(list(point)) for point in zip(*(part[task] for part in parts), strict=True)]
                 write_matches(file.create_group(task), points)
 
     return measure
@@ -292,16 +295,27 @@ def joint_matches(
     image_ids: list[int],
     features: Features,
     truth: Truths,
-    task: str,
-    choices: Choices,
-) -> list[Matches]:
-    """Pyramids of some images at every quality, then uncoded -> matches of ("none", 0) and of every point."""
+    choices: dict[str, Choices],
+) -> dict[str, list[Matches]]:
+    """Pyramids of some images at every quality, then uncoded -> task -> matches of ("none", 0) and of every point."""
     uncoded = (len(decoded) - 1,) * len(SCALES)
-    chosen = {i: [uncoded, *map(tuple, choices.phi[i].tolist())] for i in image_ids}
-    wanted = [(i, phi) for i in image_ids for phi in sorted(set(chosen[i]))]
-    found = joint_results(detector, decoded, predictor, image_ids, features, truth, task, wanted)
-    variants = [[r for i in image_ids for r in found[i, chosen[i][p]]] for p in range(len(choices.points) + 1)]
-    return match_variants(truth.coco[task], variants, image_ids, task)
+    wanted: dict[Variant, set[str]] = {}
+    variants: dict[str, list[list[Variant]]] = {}  # of each point, of each image
+    for task, chosen in choices.items():
+        tuples = {i: [uncoded, *map(tuple, chosen.phi[i].tolist())] for i in image_ids}
+        variants[task] = [[(i, tuples[i][p]) for i in image_ids] for p in range(len(chosen.points) + 1)]
+        for variant in chain(*variants[task]):
+            wanted.setdefault(variant, set()).add(task)
+    found = joint_results(detector, decoded, predictor, image_ids, features, truth, wanted)
+    return {
+        task: match_variants(
+            truth.coco[task],
+            [[r for variant in point for r in found[task][variant]] for point in points],
+            image_ids,
+            task,
+        )
+        for task, points in variants.items()
+    }
 
 
 def joint_results(
@@ -311,33 +325,38 @@ def joint_results(
     image_ids: list[int],
     features: Features,
     truth: Truths,
-    task: str,
-    wanted: list[Variant],
-) -> dict[Variant, list[dict[str, Any]]]:
-    """Pyramids of the images `image_ids` at every quality -> COCO's results of these variants, in full passes."""
-    found = {}
-    for chunk in _chunks(wanted, PYRAMIDS_PER_PASS):
-        pyramid = _assemble(decoded, predictor, [(image_ids.index(i), phi) for i, phi in chunk])
-        sizes = [features.sizes(i) for i, _ in chunk]
-        detections = detect(detector, pyramid, sizes, {task}, truth.person_ids)
-        for key, detection in zip(chunk, detections, strict=True):
-            found[key] = results(key[0], detection, task, truth.person_ids)
+    wanted: dict[Variant, set[str]],
+) -> dict[str, dict[Variant, list[dict[str, Any]]]]:
+    """Pyramids of the images `image_ids` at every quality -> task -> COCO's results of the variants wanted for it."""
+    place, sizes, labels = ({i: of(i) for i in image_ids} for of in (image_ids.index, features.sizes, truth.labels))
+    variants = _assemble(decoded, predictor, [(place[i], phi) for i, phi in wanted])
+    asked = [{task: labels[i][task] for task in tasks} for (i, _), tasks in wanted.items()]
+    detections = detect_variants(detector, variants, [sizes[i] for i, _ in wanted], asked)
+    found: dict[str, dict[Variant, list[dict]]] = {task: {} for task in truth.coco}
+    for (variant, tasks), detection in zip(wanted.items(), detections, strict=True):
+        for task in tasks:
+            found[task][variant] = results(variant[0], detection, task, truth.person_ids)
     return found
 
 
-def _assemble(decoded: list[Pyramid], predictor: Predictor, wanted: list[Variant]) -> Pyramid:
+def _assemble(decoded: list[Pyramid], predictor: Predictor, wanted: list[Variant]) -> Variants:
     """Pyramids at every quality, (image, phi of each scale) -> these variants; a skipped scale is predicted."""
-    pyramid: Pyramid = {}
+    maps, at = {}, {}
     for scale in COARSE_TO_FINE:
-        s = SCALES.index(scale)
+        s, coarser = SCALES.index(scale), COARSER.get(scale)
+        # A map is an image's at a quality, or what is predicted from one of the coarser scale's.
+        origins = [
+            (k, phi[s], at[coarser][n] if coarser and phi[s] == SKIPPED else 0) for n, (k, phi) in enumerate(wanted)
+        ]
+        number = {origin: m for m, origin in enumerate(dict.fromkeys(origins))}
         # Any quality's maps hold the place of a skipped scale's.
-        maps = torch.stack([decoded[max(phi[s], 0)][scale][k] for k, phi in wanted])
-        skipped = torch.tensor([phi[s] == SKIPPED for _, phi in wanted], device=maps.device)
-        if skipped.any():
-            coarser = COARSER.get(scale)
-            maps[skipped] = predictor(scale, pyramid[coarser][skipped]) if coarser else NOTHING
-        pyramid[scale] = maps
-    return {scale: pyramid[scale] for scale in SCALES}
+        maps[scale] = torch.stack([decoded[max(quality, 0)][scale][k] for k, quality, _ in number])
+        skipped = [m for (_, quality, _), m in number.items() if quality == SKIPPED]
+        if skipped:
+            sources = [source for _, quality, source in number if quality == SKIPPED]
+            maps[scale][skipped] = predictor(scale, maps[coarser][sources]) if coarser else NOTHING
+        at[scale] = [number[origin] for origin in origins]
+    return Variants({s: maps[s] for s in SCALES}, {s: at[s] for s in SCALES})
 
 
 def tabulate(
@@ -417,8 +436,15 @@ def _check_decoded(coded: Path, image_ids: list[int], clean: Pyramid, decoded: P
                 )
 
 
-def _stack(pyramids: list[Pyramid]) -> Pyramid:
-    return {scale: torch.cat([p[scale] for p in pyramids]) for scale in SCALES}
+def _shared(pyramids: list[Pyramid]) -> Variants:
+    """Pyramids of the same n images, in many of which a scale is the same tensor -> variants, pyramid by pyramid."""
+    maps, at = {}, {}
+    for scale in SCALES:
+        distinct = {id(p[scale]): p[scale] for p in pyramids}
+        first = {tensor: k * len(pyramids[0][scale]) for k, tensor in enumerate(distinct)}
+        maps[scale] = torch.cat(list(distinct.values()))
+        at[scale] = [first[id(p[scale])] + k for p in pyramids for k in range(len(p[scale]))]
+    return Variants(maps, at)
 
 
 def _on_device(pyramid: Pyramid) -> Pyramid:
