@@ -7,12 +7,14 @@ folder fasterrcnn_getw: Faster R-CNN and ELIC on the first 2,000 images of val20
 
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 ARCHITECTURES = {
     "detection": "fasterrcnn_resnet50_fpn",
     "segmentation": "maskrcnn_resnet50_fpn",
     "keypoints": "keypointrcnn_resnet50_fpn",
 }
-BD_RATE = {  # (task, codec) -> percent, against the codec at one quality for all scales
+BD_RATE = {  # (task, codec) -> percent of the bits, against one quality for all scales
     ("detection", "elic"): -38.202,
     ("segmentation", "elic"): -17.212,
     ("keypoints", "elic"): -36.492,
@@ -20,36 +22,33 @@ BD_RATE = {  # (task, codec) -> percent, against the codec at one quality for al
     ("segmentation", "tcm"): -19.866,
     ("keypoints", "tcm"): -19.597,
 }
-
-
-class Point(NamedTuple):
-    """An operating point of the authors. `lmbda`: their multiplier of the allocation."""
-
-    lmbda: int
-    bits_per_image: int
-    accuracy: float
-
-
-POINTS = {  # (task, codec) -> points by rising rate
+POINTS = {  # (task, codec) -> their multiplier of the allocation, bits per image, accuracy
     ("detection", "elic"): [
-        Point(1100, 267244, 0.2561),
-        Point(1000, 279421, 0.2663),
-        Point(900, 294641, 0.2704),
-        Point(600, 360853, 0.2888),
-        Point(500, 395164, 0.3007),
-        Point(400, 441569, 0.3092),
+        (1100, 267244, 0.2561),
+        (1000, 279421, 0.2663),
+        (900, 294641, 0.2704),
+        (600, 360853, 0.2888),
+        (500, 395164, 0.3007),
+        (400, 441569, 0.3092),
     ]
 }
 
 
-def comparable(params: dict[str, Any]) -> set[tuple[str, str]]:
-    """(task, codec) of the cells with the paper's data, model and codec."""
-    if params["prepare"]["source"] != "coco":
-        return set()
-    models = params["models"]
-    return {
+class Reported(NamedTuple):
+    """By (task, codec): the paper's BD-rates; the authors' points, of columns lmbda, bits_per_image, accuracy."""
+
+    bd_rate: dict[tuple[str, str], float]
+    points: dict[tuple[str, str], pd.DataFrame]
+
+
+def reported(params: dict[str, Any]) -> Reported:
+    """Of the cells that have the paper's data and models; of others it could not be compared."""
+    cells = {
         (cell["task"], cell["codec"])
         for cell in params["cells"].values()
-        if (cell["task"], cell["codec"]) in BD_RATE
-        and models[cell["model"]]["architecture"] == ARCHITECTURES[cell["task"]]
+        if params["prepare"]["source"] == "coco"
+        and params["models"][cell["model"]]["architecture"] == ARCHITECTURES[cell["task"]]
     }
+    bd_rate, points = ({key: known[key] for key in known if key in cells} for known in (BD_RATE, POINTS))
+    columns = ["lmbda", "bits_per_image", "accuracy"]
+    return Reported(bd_rate, {key: pd.DataFrame(rows, columns=columns) for key, rows in points.items()})
