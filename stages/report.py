@@ -8,6 +8,7 @@ import pandas as pd
 from stages.lib import ablation_tables, bound_tables, figures, tables
 from stages.lib.files import atomic, read_csv, read_json, write_csv, write_json
 from stages.lib.params import SCALES, InputError, entry, load_params
+from stages.lib.references import reported
 
 RD_POINTS = [
     "task",
@@ -81,9 +82,10 @@ def main(data: Path, reports: Path) -> None:
     write_csv(reports / "ablation.csv", ablations)
     sizes, rates = ({name: study[table] for name, study in ablated.items()} for table in ("sizes", "rate_control"))
     fits, mfip = ({key: getattr(cell, name) for key, cell in cells.items()} for name in ("fit", "mfip"))
+    theirs = reported(params)
     for name, found in (
-        ("rd_points", tables.rd_points_tables(points)),
-        ("bd_rate", tables.bd_rate_tables(points, bd, paired_bd, codec_bd, fits, mfip)),
+        ("rd_points", tables.rd_points_tables(points, theirs.points)),
+        ("bd_rate", tables.bd_rate_tables(points, bd, paired_bd, codec_bd, fits, mfip, theirs.bd_rate)),
         ("bound", bound_tables.bound_tables(bounds)),
         ("ablation", ablation_tables.ablation_tables(ablations, sizes, rates)),
     ):
@@ -91,7 +93,7 @@ def main(data: Path, reports: Path) -> None:
             write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
             write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))
     losses = {key: _read(reports.joinpath("codecs", *key, "loss.csv"), ["step", "loss"]) for key in coders}
-    draw(cells, curves, losses, sizes, reports / "figures")
+    draw(cells, curves, losses, sizes, theirs.points, reports / "figures")
     for (task, codec), study in bounds.items():
         parts = bound_tables.parts_of(study.additivity)
         figures.additivity_figure(reports / "figures" / f"additivity_{task}_{codec}", task, codec, parts)
@@ -142,11 +144,13 @@ def draw(
     curves: dict[tuple[str, str], pd.DataFrame],
     losses: dict[tuple[str, str], pd.DataFrame],
     sizes: dict[str, pd.DataFrame],
+    authors: dict[tuple[str, str], pd.DataFrame],
     folder: Path,
 ) -> None:
     figures.method_figure(folder / "method")
     for (task, codec), cell in cells.items():
-        figures.rd_figure(folder / f"rd_{task}_{codec}", cell.points, cell.resamples)
+        theirs = authors.get((task, codec))
+        figures.rd_figure(folder / f"rd_{task}_{codec}", cell.points, cell.resamples, theirs)
         figures.loss_rate_figure(folder / f"loss_rate_{task}_{codec}", task, codec, cell.fit, cell.pixels)
         figures.importance_figure(folder / f"importance_{task}_{codec}", task, codec, cell.fit, cell.weights)
     for (model, codec), loss in losses.items():

@@ -1,4 +1,7 @@
-"""Features of `train` -> packing and trained codec, and its loss curve."""
+"""Features of `train` -> packing and trained codec, and its loss curve.
+
+`torchrun --nproc-per-node N -m stages.train_codec ...` trains with N processes, each on crops of its own.
+"""
 
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from stages.lib.files import write_csv
 from stages.lib.models import read_checkpoint
 from stages.lib.params import InputError, entry, load_params
 from stages.lib.planes import Packing
+from stages.lib.ranks import join, place
 
 CONFIG = ("packing", "network", "lambda_range", "gains")  # what the weights depend on
 
@@ -23,6 +27,7 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
     family = wanted.get("family", [])
     if family:
         config["lambdas"] = [member["lmbda"] for member in family]
+    join()
     data = Features(features, "train")
     channels = len(data.scale(data.image_ids[0], "0"))
     torch.manual_seed(params["seed"])
@@ -52,8 +57,9 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
     if "steps" in wanted:
         schedule = codec_training.Schedule(*(wanted[key] for key in codec_training.Schedule._fields))
         log = codec_training.train(codec, data, packing, schedule, params["seed"])
-    save_codec(out, FeatureCodec(codec, packing, channels), config)
-    write_csv(reports / "loss.csv", pd.DataFrame(log, columns=["step", "loss", "bpp_plane", "mse"]))
+    if place()[0] == 0:
+        save_codec(out, FeatureCodec(codec, packing, channels), config)
+        write_csv(reports / "loss.csv", pd.DataFrame(log, columns=["step", "loss", "bpp_plane", "mse"]))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,16 @@
 `torchrun --nproc-per-node N -m stages.train_model ...` trains with N processes, each on a batch of its own.
 """
 
-import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torchvision.models import get_model_weights
 
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.detector_training import DetectionDataset, train
 from stages.lib.models import build, load_weights, read_checkpoint, save_model
 from stages.lib.params import InputError, entry, load_params
+from stages.lib.ranks import join, place
 
 
 def main(splits: Path, name: str, out: Path) -> None:
@@ -42,13 +41,11 @@ def main(splits: Path, name: str, out: Path) -> None:
         downloaded = True
     elif weights:
         load_weights(network, read_checkpoint(Path(weights))["state"], weights)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        dist.init_process_group()
+    join()
     if model["steps"]:
         train(network, data, model["steps"], model["batch"], model["lr"], params["seed"])
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    save_model(out, network, num_classes, num_keypoints, half=not downloaded)
+    if place()[0] == 0:
+        save_model(out, network, num_classes, num_keypoints, half=not downloaded)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Training sees real pixels only, goes downhill, and is the same twice; given weights are kept, or refused."""
 
+import itertools
 import math
+import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +35,12 @@ CONFIG = {
     "lambda_range": [1e-4, 0.05],
     "gains": 3,
 }
+WIDE = {
+    "N": 64,
+    "M": 256,
+    "groups": [64, 192],
+    "context": {"widths": [8, 8], "kernel": 3},
+}  # can start as a transform
 LAMBDAS = {"q1": 0.0002, "q2": 0.02}
 PLAIN = Packing("pca", {s: torch.eye(CHANNELS) for s in SCALES}, {s: torch.zeros(CHANNELS) for s in SCALES})
 
@@ -161,6 +170,24 @@ def test_the_same_seed_gives_the_same_weights(train_split):
     assert not torch.equal(first["log_gain"], other["log_gain"])
 
 
+def test_it_does_not_matter_who_makes_the_crops(train_split, monkeypatch):
+    results = []
+    for feeders in (0, 2):
+        monkeypatch.setattr(codec_training, "FEEDERS", feeders)
+        codec = tiny()
+        codec_training.train(codec, train_split, PLAIN, Schedule(2, 3, batch=1, crop=64, lr=1e-3), seed=5)
+        results.append(codec.state_dict())
+    alone, fed = results
+    assert all(torch.equal(alone[name], fed[name]) for name in alone)
+
+
+def test_no_step_and_no_process_repeats_the_crops_of_another(train_split):
+    schedule = Schedule(1, 1, batch=2, crop=64, lr=1e-3)
+    drawn = [codec_training.Crops(train_split, PLAIN, schedule, (0, rank))[step] for rank in (0, 1) for step in (0, 1)]
+    largest = [next(x for x, _ in pairs if x.shape[2] == 64) for pairs in drawn]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(largest, 2))
+
+
 def test_the_block_basis_is_that_of_the_planes_blocks(train_split):
     basis = codec_training.block_basis(train_split, PLAIN).flatten(1)
     assert torch.allclose(basis @ basis.T, torch.eye(256), atol=1e-5)
@@ -190,8 +217,7 @@ def test_the_entropy_model_learns_alone_and_then_everything(train_split):
 
 def test_the_error_of_a_plane_is_that_of_its_latents_at_the_start(train_split):
     torch.manual_seed(0)
-    wide = {"N": 64, "M": 256, "groups": [64, 192], "context": {"widths": [8, 8], "kernel": 3}}
-    codec = build_codec(CONFIG | {"network": wide})
+    codec = build_codec(CONFIG | {"network": WIDE})
     codec.net.transform_start(codec_training.block_basis(train_split, PLAIN))
     for x, _ in crops(train_split):
         with torch.no_grad():
@@ -203,7 +229,6 @@ def test_the_error_of_a_plane_is_that_of_its_latents_at_the_start(train_split):
 
 def test_both_phases_see_the_same_error_and_bits_of_an_orthonormal_transform(train_split, monkeypatch):
     """In their first step, before anything was learned, on crops without padding."""
-    wide = {"N": 64, "M": 256, "groups": [64, 192], "context": {"widths": [8, 8], "kernel": 3}}
     (x, mask), *_ = (pair for pair in crops(train_split) if pair[0].shape[2] == 64)
     whole = mask.flatten(1).all(1)
     assert whole.sum() == 4
@@ -211,7 +236,7 @@ def test_both_phases_see_the_same_error_and_bits_of_an_orthonormal_transform(tra
     logs = []
     for entropy_steps in (1, 0):
         torch.manual_seed(0)
-        codec = build_codec(CONFIG | {"network": wide})
+        codec = build_codec(CONFIG | {"network": WIDE})
         codec.net.transform_start(codec_training.block_basis(train_split, PLAIN))
         with torch.no_grad():  # what is near zero at the start, exactly zero
             for module in (*codec.net.g_a.modules(), *codec.net.g_s.modules()):
@@ -288,12 +313,56 @@ def test_given_weights_must_be_complete(run, codec_file, tmp_path):
 @pytest.mark.parametrize("kind", ["pca", "quilt"])
 def test_without_weights_the_codec_starts_as_the_transform_of_its_planes(kind, run, path):
     """A transform start has error from rounding only, and 256 bands carry what 16 x 16 pixels hold."""
-    wide = {"N": 64, "M": 256, "groups": [64, 192], "context": {"widths": [8, 8], "kernel": 3}}
-    codec, packing, channels = load_codec(run(None, network=wide, packing=kind))
+    codec, packing, channels = load_codec(run(None, network=WIDE, packing=kind))
     assert channels == CHANNELS and packing.kind == kind
     plane, _ = pack(Features(path, "fit").scale(0, "0"), "0", packing)
     (coded,) = codec.encode(plane[None], 255)
     assert -10 * math.log10((coded.plane - plane).square().mean()) > 33  # D = 1 / (2 ln 2 lambda 255^2): 36.5 dB
+
+
+def test_two_processes_train_one_codec(path, tmp_path):
+    """As torchrun starts them: both end with the same weights, not with those of one process; one of them writes."""
+    schedule = {"entropy_steps": 1, "steps": 2, "batch": 1, "crop": 64, "lr": 1e-3}
+    params = {"seed": 0, "codecs": {"elic": CONFIG | schedule | {"init": None, "network": WIDE}}}
+    shared = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    of_rank = [shared | {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    context = torch.multiprocessing.get_context("fork")
+    folders = [tmp_path / name for name in ("rank 0", "rank 1", "alone")]
+    processes = [
+        context.Process(target=train_in, args=(folder, path, params, environment))
+        for folder, environment in zip(folders, [*of_rank, {}], strict=True)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    first, second, alone = (torch.load(folder / "trained.pt", weights_only=True) for folder in folders)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["log_gain"], alone["log_gain"])
+    written = [sorted(p.name for p in folder.rglob("*") if p.is_file()) for folder in folders]
+    assert written == [["codec.pt", "loss.csv", "trained.pt"], ["trained.pt"], ["codec.pt", "loss.csv", "trained.pt"]]
+
+
+def train_in(folder: Path, features: Path, params: dict, environment: dict[str, str]) -> None:
+    """The stage, in a process of its own and with its outputs in `folder`, where it also leaves what it trained."""
+    os.environ.update(environment)
+    folder.mkdir()
+    train = codec_training.train
+
+    def train_and_keep(codec, *others):
+        log = train(codec, *others)
+        torch.save(codec.state_dict(), folder / "trained.pt")
+        return log
+
+    codec_training.train, train_codec.load_params = train_and_keep, lambda: params
+    train_codec.main(features, "small", "elic", folder / "codec.pt", folder / "reports")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_a_family_of_published_networks_becomes_a_codec_file(path, run, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,6 +83,22 @@ def test_a_killed_run_leaves_nothing_half(tmp_path: Path) -> None:
     (tmp_path / "killed" / "data").rename(again / "data")
     assert prepare(again).returncode == 0
     assert [path.name for path in (again / "data").iterdir()] == ["dataset"]
+
+
+def test_what_is_missing_of_coco_is_named_with_the_commands_that_fetch_it(tmp_path: Path, coco_root: Path) -> None:
+    """Each command with the archive's own size and checksum; the last line, on stderr, is the error."""
+    (coco_root / "train2017").rename(tmp_path / "elsewhere")
+    partly = prepare(write_profile(tmp_path / "partly", source="coco", coco_root="../coco"))
+    none = prepare(write_profile(tmp_path / "none", source="coco", coco_root="../nowhere"))
+    assert f"{coco_root} lacks train2017." in partly.stdout and "val2017" not in partly.stdout
+    archives = {"train2017.zip": "19,336,861,798", "val2017.zip": "815,585,330"}
+    for archive, size in (archives | {"annotations_trainval2017.zip": "252,907,541"}).items():
+        fetch, unpack = (line for line in none.stdout.splitlines() if re.search(rf"[/ ]{archive}", line))
+        assert fetch.startswith("  curl") and fetch.endswith(f"/{archive}  # {size} bytes")
+        assert re.search(rf'"[0-9a-f]{{32}}  {archive}" \| md5sum -c && unzip -q {archive}$', unpack)
+    for result in (partly, none):
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "README, COCO 2017" in none.stderr
 
 
 @pytest.mark.parametrize(

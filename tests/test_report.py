@@ -17,7 +17,7 @@ from PIL import Image
 from pytest import approx
 
 from stages import report
-from stages.lib import figures, tables
+from stages.lib import figures, references, tables
 from stages.lib.bd_rate import Curve, bd_rate
 from stages.lib.files import read_csv, read_json, write_csv, write_json
 from stages.lib.loss_rate import Curves, fit_scales
@@ -101,9 +101,12 @@ def write_models(data: Path, task: str) -> None:
     write_csv(data / "mfip/small/elic" / f"{task}.csv", pd.DataFrame(keys | predicted))
 
 
-def write_profile(folder: Path, tasks: tuple[str, ...] = CELLS, trained: bool = True) -> Path:
-    """A profile's folder after every stage but the report."""
+def write_profile(folder: Path, tasks: tuple[str, ...] = CELLS, trained: bool = True, coco: bool = False) -> Path:
+    """A profile's folder after every stage but the report. coco: it says that it had the paper's data and model."""
     params = copy.deepcopy(PARAMS) | {"studies": {}}
+    if coco:
+        params["prepare"] |= {"source": "coco", "coco_root": "../coco"}
+        params["models"]["small"] |= {"architecture": "fasterrcnn_resnet50_fpn", "tasks": ["detection"]}
     params["cells"] = {f"{task}-elic": {"task": task, "model": "small", "codec": "elic"} for task in tasks}
     params["codecs"] = {"elic": params["codecs"]["elic"]}
     folder.mkdir(parents=True)
@@ -311,12 +314,39 @@ def test_markdown_shows_the_result_and_what_weakens_it(profile: Path) -> None:
     assert re.search(r"\| static +\| +-20\.0 \[-20\.0, -20\.0\] \|", text)
     assert ") Doubtful: without point 6, not monotone." in text
     assert "| oracle * " in text and "* uses the labels of the evaluated images" in text
-    assert "-38.2" in text and "other data (COCO 2017 val) and other models (ResNet-50)" in text
     assert re.search(r"\| static +\| +-9\.\d \[-", text)  # mfiba against it
     assert re.search(r"detection, elic +\| +0\.43 \| +0\.30 \| +0\.20 \| +0\.00 \| +n/a \|", text)
     assert "quality_sensitivity" in text and "Bits of a quality predicted from one precoding" in text
     assert "45% to 96%" in text and "beta_at_bound" in text and "KL, constant" in text
     assert "0.710" in (profile / "reports/tables/rd_points.md").read_text()
+
+
+def test_the_papers_numbers_stand_only_beside_a_run_of_its_models_on_its_data(
+    profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_profile(tmp_path / "coco", ("detection",), coco=True))
+    with pytest.warns(UserWarning, match="doubtful"):
+        report.main(Path("data"), Path("reports"))
+    for folder, there in ((Path("."), True), (profile, False)):
+        bd, points = ((folder / f"reports/tables/{name}.md").read_text() for name in ("bd_rate", "rd_points"))
+        assert bool(re.search(r"\| MFIBA, paper +\| +-38\.2 \|\n", bd)) == there
+        assert ("arXiv 2503.19278" in bd) == there
+        assert bool(re.search(r"\| 400 +\| +441,569 \| +0\.309 \|", points)) == there
+        svg = (folder / "reports/figures/rd_detection_elic.svg").read_text()
+        assert ("the authors' own" in svg) == there
+
+
+def test_of_the_papers_six_numbers_those_of_the_cells_are_reported() -> None:
+    coco = yaml.safe_load((ROOT / "profiles/coco/params.yaml").read_text())
+    known = references.reported(coco)
+    assert known.bd_rate == references.BD_RATE and len(known.bd_rate) == 6
+    assert known.points["detection", "elic"]["bits_per_image"].is_monotonic_increasing
+    coco["cells"]["detection-elic"]["model"] = "maskrcnn"  # detects, too, but is not the paper's detector
+    del coco["cells"]["keypoints-tcm"]
+    known = references.reported(coco)
+    assert set(known.bd_rate) == set(references.BD_RATE) - {("detection", "elic"), ("keypoints", "tcm")}
+    assert known.points == {}
+    assert references.reported(PARAMS) == ({}, {})
 
 
 @pytest.mark.parametrize("name", ["bd_rate", "rd_points"])

@@ -103,7 +103,8 @@ def ground_truth(split: Split, task: str) -> COCO:
 def make_splits(root: Path, counts: dict[str, int], tasks: Collection[str], seen_as: Path | None = None) -> Item:
     """The content of splits.json; its paths begin with `seen_as` where the data set will move there from `root`."""
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; prepare.coco_root must hold train2017/, val2017/ and annotations/")
+        wanted = "prepare.coco_root must hold train2017/, val2017/ and annotations/ (README, COCO 2017)"
+        raise InputError(f"{root}: no such folder; {wanted}")
     splits = {}
     owner: dict[Path, str] = {}
     for folder, names in (("train2017", ("train",)), ("val2017", ("test", "fit"))):
@@ -164,7 +165,8 @@ def _choose(root: Path, folder: str, counts: dict[str, int], tasks: Collection[s
 def _read(path: Path, category: dict[str, Check]) -> dict[str, list[Item]]:
     """A whole annotation file, its sections, ids and references checked."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file; prepare.coco_root must hold COCO's annotations for each needed task")
+        wanted = "prepare.coco_root must hold COCO's annotations for each needed task (README, COCO 2017)"
+        raise InputError(f"{path}: no such file; {wanted}")
     data = read_json(path)
     for section in SECTIONS:
         items = data.get(section) if isinstance(data, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from stages.lib.features import Features
@@ -17,7 +19,10 @@ from stages.lib.models import DEVICE
 from stages.lib.params import SCALES
 from stages.lib.planes import Packing, learn_packing, pack, principal
 from stages.lib.progress import progress
+from stages.lib.ranks import average, place
 
+# A GPU would wait for the reading and rotating of its crops; on a CPU the networks need all cores themselves.
+FEEDERS = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if DEVICE.type == "cuda" else 0
 SAMPLES = 3  # crops in a step, in units of the batch of scale 0
 TRANSFORM_RATE = 0.1  # of the learning rate: it starts near its optimum, the entropy model at noise
 
@@ -74,6 +79,20 @@ def random_crops(
         yield torch.stack(planes), torch.stack(masks)
 
 
+class Crops(Dataset):
+    """Item k: the `random_crops` of step k, in one process's part of the training; the same whoever makes them."""
+
+    def __init__(self, features: Features, packing: Packing, schedule: Schedule, seeds: tuple[int, int]):
+        self.features, self.packing, self.schedule, self.seeds = features, packing, schedule, seeds
+
+    def __len__(self) -> int:
+        return self.schedule.entropy_steps + self.schedule.steps
+
+    def __getitem__(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        rng = np.random.default_rng([*self.seeds, step])
+        return list(random_crops(self.features, self.packing, self.schedule.batch, self.schedule.crop, rng))
+
+
 class Schedule(NamedTuple):
     """`entropy_steps` of the entropy model alone, then `steps` of everything; `batch` and `crop` as in random_crops."""
 
@@ -91,9 +110,14 @@ def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: S
     entropy model learns alone, several times as fast: as long as the transform is orthonormal, as it starts,
     the error of a plane is that of its latents. Then everything learns, the transform at a tenth of the rate. Returns
     loss, bits and squared error per plane pixel, averaged over every 100 steps.
+
+    Under torchrun every process takes other crops and lambdas in a step, and the gradients are averaged; the losses are
+    those of its own crops.
     """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+    rank, processes = place()
+    torch.manual_seed(seed + rank)
+    crops = Crops(features, packing, schedule, (seed, rank))
+    feed = iter(DataLoader(crops, batch_size=None, num_workers=FEEDERS, generator=torch.Generator()))
     codec.train().to(DEVICE).to(memory_format=torch.channels_last)  # a tenth faster on a CPU
     transform = [p for part in (codec.net.g_a, codec.net.g_s) for p in part.parameters()]
     quantiles = [p for name, p in codec.named_parameters() if name.endswith(".quantiles")]
@@ -125,29 +149,33 @@ def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: S
         peaks = [group["lr"] for group in groups]
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.05)
         window = []
-        for step in tqdm(range(1, steps + 1), desc="train codec", disable=None):
+        for step in tqdm(range(1, steps + 1), desc="train codec", disable=rank > 0 or None):
             optimizer.zero_grad(set_to_none=True)
             total = np.zeros(4)
-            for x, mask in random_crops(features, packing, schedule.batch, schedule.crop, rng):
+            for x, mask in next(feed):
                 x, mask = x.to(DEVICE), mask.to(DEVICE)
                 low, high = codec.log_lambdas[0].item(), codec.log_lambdas[-1].item()
-                lmbda = torch.from_numpy(np.exp(rng.uniform(low, high, len(x)))).float().to(DEVICE)
+                lmbda = torch.empty(len(x)).uniform_(low, high).exp().to(DEVICE)
                 with torch.autocast(DEVICE.type, torch.bfloat16):
                     error, bits = errors_and_bits(x, mask, lmbda)
                 loss, pixels = bits + lmbda * 255**2 * error, mask.flatten(1).sum(1)
                 (loss / pixels.sqrt() / (SAMPLES * schedule.batch * schedule.crop)).sum().backward()
                 total += [value.sum().item() for value in (loss, bits, error, pixels)]
-            nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+            learning = [p for group in groups for p in group["params"]]
+            if processes > 1:
+                average([p.grad for p in learning if p.grad is not None])
+            nn.utils.clip_grad_norm_(learning, 1.0)
             optimizer.step()
             rates.step()
             aux_optimizer.zero_grad(set_to_none=True)
-            codec.net.aux_loss().backward()
+            codec.net.aux_loss().backward()  # of the weights alone: the same in all processes
             aux_optimizer.step()
             window.append(total)
             if step % 100 == 0 or step == steps:
                 loss, bits, error, pixels = np.sum(window, 0)
                 log.append({"step": step, "loss": loss / pixels, "bpp_plane": bits / pixels, "mse": error / pixels})
-                print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
+                if rank == 0:
+                    print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
                 window = []
     codec.eval()
     return log

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from stages.lib.models import DEVICE, read_image
+from stages.lib.ranks import average, place
 
 
 def mirrored_order(names: list[str]) -> list[int]:
@@ -84,7 +84,7 @@ def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: 
 
     Under torchrun every process takes `batch` other images per step, and the gradients are averaged.
     """
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, processes = place()
     torch.manual_seed(seed + rank)
     model.train().to(DEVICE)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-2)
@@ -101,7 +101,7 @@ def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: 
         generator=torch.Generator().manual_seed(seed),
     )
     log, window = [], []
-    for step, (images, targets) in enumerate(tqdm(loader, desc="train detector", disable=None), start=1):
+    for step, (images, targets) in enumerate(tqdm(loader, desc="train detector", disable=rank > 0 or None), start=1):
         images = [image.to(DEVICE) for image in images]
         targets = [{k: v.to(DEVICE) for k, v in target.items()} for target in targets]
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):  # 1.5 times as fast, on CPUs too
@@ -129,11 +129,3 @@ def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: 
 def _columns(items: list[tuple]) -> tuple[tuple, ...]:
     """Items (image, target) -> (images, targets): both differ in size, so they are not stacked."""
     return tuple(zip(*items, strict=True))
-
-
-def average(tensors: list[Tensor]) -> None:
-    """Replace tensors by their mean over all processes, in one message."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, mean in zip(tensors, flat.div_(dist.get_world_size()).split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))

@@ -69,8 +69,11 @@ def saved(stem: Path, width: float, height: float, layout: str = "constrained") 
                 figure.savefig(scratch, metadata=metadata)
 
 
-def rd_figure(stem: Path, points: pd.DataFrame, resamples: pd.DataFrame) -> None:
-    """points.csv and bootstrap.csv of one cell -> accuracy over bits per image of every method."""
+def rd_figure(stem: Path, points: pd.DataFrame, resamples: pd.DataFrame, authors: pd.DataFrame | None = None) -> None:
+    """points.csv and bootstrap.csv of one cell -> accuracy over bits per image of every method.
+
+    authors: bits_per_image and accuracy of the points that the paper's authors publish.
+    """
     uncoded = points[points["method"] == UNCODED].iloc[0]
     with saved(stem, 7.4, 4.4) as figure:
         axes = figure.add_subplot()
@@ -93,6 +96,9 @@ def rd_figure(stem: Path, points: pd.DataFrame, resamples: pd.DataFrame) -> None
                 low, high = np.nanpercentile(resampled(resamples, method)[1], INTERVAL_PERCENTILES, axis=0)
                 band = low[rows["point"]], high[rows["point"]]
                 axes.fill_between(rows["bits_per_image"], *band, color=colour, alpha=0.13, linewidth=0, zorder=1)
+        if authors is not None:
+            look = {"color": BLACK, "marker": "x", "linestyle": "", "label": "the authors' own *", "zorder": 4}
+            axes.plot(authors["bits_per_image"], authors["accuracy"], **look)
         plain_log_x(axes)
         axes.set_xlabel("bits per image")
         axes.set_ylabel(f"{uncoded['accuracy_name']} on {uncoded['split']}")

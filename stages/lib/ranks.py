@@ -1,0 +1,28 @@
+"""Processes that torchrun started, each with a GPU of its own -> one training."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def join() -> None:
+    """Meet the other processes; without torchrun there are none."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # or all would share the first
+        dist.init_process_group()
+
+
+def place() -> tuple[int, int]:
+    """Number of this process, and of all."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Replace tensors by their mean over all processes, in one message."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, mean in zip(tensors, flat.div_(dist.get_world_size()).split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
