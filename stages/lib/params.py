@@ -167,7 +167,7 @@ SCHEMA = {
             "lr": POSITIVE,
         },
     ),
-    "extract": {"train_images": whole(1), "dtype": one_of(("float32", "float16"))},
+    "extract": {"train_images": whole(1), "dtype": one_of(("float32", "float16", "uint10"))},
     "lambdas": Named(
         Check(lambda name: isinstance(name, str) and re.fullmatch(r"q[0-9]+", name) is not None, "q1, q2, ..."),
         POSITIVE,
