@@ -4,7 +4,6 @@ Run in a profile's folder. Keypoints are written for all labels: which categorie
 (a keypoint R-CNN knows persons only). Without --image-id it is the last number in the file's name, or 0.
 """
 
-import argparse
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 from stages.lib.bitstream import parse
 from stages.lib.files import atomic, write_json
 from stages.lib.models import read_image
-from stages.lib.online import coco_results, decode, draw, load_cell, load_networks, run
+from stages.lib.online import Parser, coco_results, decode, draw, load_cell, load_networks, run
 from stages.lib.params import InputError
 
 
@@ -36,7 +35,7 @@ def main(bitstream: Path, out: Path, cell: str, image_id: int | None, picture: P
 
 if __name__ == "__main__":
     summary, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(prog="python -m stages.decode", description=summary, epilog=details)
+    parser = Parser(prog="python -m stages.decode", description=summary, epilog=details)
     parser.add_argument("bitstream", type=Path, metavar="in.mfb")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the file to write, .json")
     parser.add_argument("--cell", required=True, help="of params.yaml, e.g. detection-elic")
