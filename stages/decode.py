@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchvision.transforms.functional import to_pil_image
 
-from stages.lib.bitstream import parse
+from stages.lib.bitstream import BitstreamError, parse
 from stages.lib.files import atomic, write_json
 from stages.lib.models import read_image
 from stages.lib.online import Parser, coco_results, decode, draw, load_cell, load_networks, run
@@ -19,12 +19,16 @@ from stages.lib.params import InputError
 def main(bitstream: Path, out: Path, cell: str, image_id: int | None, picture: Path | None, image: Path | None) -> None:
     if (picture is None) != (image is None):
         raise InputError("--picture and --image belong together: where to draw, and what to draw on")
-    described, coded = load_cell(cell), parse(bitstream.read_bytes())
-    if image is not None:
-        pixels, (height, width) = read_image(image), coded.original
-        if pixels.shape[1:] != (height, width):
-            raise InputError(f"{image}: has not the size of the coded image, {width} x {height} px")
-    detection = decode(coded, described, load_networks(described))
+    described = load_cell(cell)
+    try:
+        coded = parse(bitstream.read_bytes())
+        if image is not None:
+            pixels, (height, width) = read_image(image), coded.original
+            if pixels.shape[1:] != (height, width):
+                raise InputError(f"{image}: has not the size of the coded image, {width} x {height} px")
+        detection = decode(coded, described, load_networks(described))
+    except BitstreamError as error:
+        raise InputError(f"{bitstream}: {error}") from None
     if image_id is None:
         image_id = int((re.findall(r"\d+", bitstream.stem) or [0])[-1])
     write_json(out, coco_results(image_id, detection, described.task))

@@ -417,7 +417,7 @@ def entry(main: Callable[..., None]) -> None:
     """The command line -> `main`, as `attempt`. Among OUTPUTS, what has a suffix is a file, what has none a folder."""
     parameters = inspect.signature(main, eval_str=True).parameters.values()
     words = sys.argv[1:]
-    if len(words) != len(parameters):
+    if len(words) != len(parameters) or any(word.startswith("-") for word in words):
         stage = Path(sys.argv[0]).stem
         sys.exit(_fail(f"usage: python -m stages.{stage} {' '.join(parameter.name for parameter in parameters)}"))
     attempt(main, {p.name: p.annotation(word) for p, word in zip(parameters, words, strict=True)}, folders=True)
