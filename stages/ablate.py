@@ -11,8 +11,15 @@ from stages.lib.allocation import allocation_table, read_importance
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.features import Features
-from stages.lib.files import atomic, read_json, write_csv
-from stages.lib.loss_rate import importance_labels, mean_loss, read_curves, sensitivity_labels, sensitivity_to
+from stages.lib.files import atomic, write_csv
+from stages.lib.loss_rate import (
+    importance_labels,
+    mean_loss,
+    read_curves,
+    read_fit,
+    sensitivity_labels,
+    sensitivity_to,
+)
 from stages.lib.measuring import bits_of, choices_of, load_evaluator, read_matches, tabulate
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params, precode_of
@@ -42,7 +49,7 @@ def main(
     seed, resamples = params["seed"], params["report"]["bootstrap"]
     fit, test = (read_curves(coded, losses, uncoded, qualities, task, split) for split in ("fit", "test"))
     of_fit, of_test = Features(features, "fit"), Features(features, "test")
-    detector, model = load_model(weights, params["models"][model_name]), read_json(loss_rate)
+    detector, model = load_model(weights, params["models"][model_name]), read_fit(loss_rate, len(qualities))
     predicted = read_importance(importance / f"{task}.csv", "test", test.image_ids)
 
     drops = ablation.drops(fit)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from stages.lib.allocation import allocate, read_importance
-from stages.lib.files import read_json, write_csv
-from stages.lib.loss_rate import read_curves
+from stages.lib.files import write_csv
+from stages.lib.loss_rate import read_curves, read_fit
 from stages.lib.params import entry, load_params, precode_of
 
 
@@ -13,7 +13,8 @@ def main(coded: Path, losses: Path, uncoded: Path, loss_rate: Path, importance: 
     qualities = list(params["lambdas"])
     test = read_curves(coded, losses, uncoded, qualities, task, "test")
     predicted = read_importance(importance, "test", test.image_ids)
-    write_csv(out, allocate(test, read_json(loss_rate), predicted, precode_of(params), params["tasks"][task]["points"]))
+    fit, points = read_fit(loss_rate, len(qualities)), params["tasks"][task]["points"]
+    write_csv(out, allocate(test, fit, predicted, precode_of(params), points))
 
 
 if __name__ == "__main__":

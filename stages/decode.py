@@ -4,28 +4,31 @@ Run in a profile's folder. Keypoints are written for all labels: which categorie
 (a keypoint R-CNN knows persons only). Without --image-id it is the last number in the file's name, or 0.
 """
 
-import argparse
 import re
 from pathlib import Path
 
 from torchvision.transforms.functional import to_pil_image
 
-from stages.lib.bitstream import parse
+from stages.lib.bitstream import BitstreamError, parse
 from stages.lib.files import atomic, write_json
 from stages.lib.models import read_image
-from stages.lib.online import coco_results, decode, draw, load_cell, load_networks, run
+from stages.lib.online import Parser, coco_results, decode, draw, load_cell, load_networks, run
 from stages.lib.params import InputError
 
 
 def main(bitstream: Path, out: Path, cell: str, image_id: int | None, picture: Path | None, image: Path | None) -> None:
     if (picture is None) != (image is None):
         raise InputError("--picture and --image belong together: where to draw, and what to draw on")
-    described, coded = load_cell(cell), parse(bitstream.read_bytes())
-    if image is not None:
-        pixels, (height, width) = read_image(image), coded.original
-        if pixels.shape[1:] != (height, width):
-            raise InputError(f"{image}: has not the size of the coded image, {width} x {height} px")
-    detection = decode(coded, described, load_networks(described))
+    described = load_cell(cell)
+    try:
+        coded = parse(bitstream.read_bytes())
+        if image is not None:
+            pixels, (height, width) = read_image(image), coded.original
+            if pixels.shape[1:] != (height, width):
+                raise InputError(f"{image}: has not the size of the coded image, {width} x {height} px")
+        detection = decode(coded, described, load_networks(described))
+    except BitstreamError as error:
+        raise InputError(f"{bitstream}: {error}") from None
     if image_id is None:
         image_id = int((re.findall(r"\d+", bitstream.stem) or [0])[-1])
     write_json(out, coco_results(image_id, detection, described.task))
@@ -36,7 +39,7 @@ def main(bitstream: Path, out: Path, cell: str, image_id: int | None, picture: P
 
 if __name__ == "__main__":
     summary, details = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(prog="python -m stages.decode", description=summary, epilog=details)
+    parser = Parser(prog="python -m stages.decode", description=summary, epilog=details)
     parser.add_argument("bitstream", type=Path, metavar="in.mfb")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the file to write, .json")
     parser.add_argument("--cell", required=True, help="of params.yaml, e.g. detection-elic")

@@ -1,11 +1,10 @@
 """Image -> feature bitstream file: the sender of a cell. Run in a profile's folder, after `dvc repro`."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from stages.lib.files import atomic
-from stages.lib.online import TOLERANCE, Encoded, encode, load_cell, run
+from stages.lib.online import TOLERANCE, Encoded, Parser, encode, load_cell, run
 from stages.lib.params import SCALES, SKIPPED
 
 
@@ -34,7 +33,7 @@ def table(encoded: Encoded) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m stages.encode", description=__doc__)
+    parser = Parser(prog="python -m stages.encode", description=__doc__)
     parser.add_argument("image", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True, help="the file to write, .mfb")
     parser.add_argument("--cell", required=True, help="of params.yaml, e.g. detection-elic")

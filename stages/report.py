@@ -7,7 +7,8 @@ import pandas as pd
 
 from stages.lib import ablation_tables, bound_tables, figures, tables
 from stages.lib.files import atomic, read_csv, read_json, write_csv, write_json
-from stages.lib.params import SCALES, InputError, entry, load_params
+from stages.lib.loss_rate import read_fit
+from stages.lib.params import FLAGS, NUMBER, NUMBER_OR_NULL, SCALES, Having, InputError, entry, load_params
 from stages.lib.references import reported
 
 RD_POINTS = [
@@ -34,6 +35,14 @@ ABLATION = {  # file of `ablate` -> its columns
     "sizes": ["size", "n_images", "area_low", "area_high", "quantity", "name", "value", "ci_low", "ci_high"],
     "rate_control": ["method", "bits", "asked", "reached", "error"],
 }
+ERRORS = Having({"kl": NUMBER, "mae": NUMBER})
+MFIP = Having(  # errors of `train_mfip`
+    {
+        "held_out": Having({"network": ERRORS, "constant": ERRORS}),
+        "sensitivity": dict.fromkeys(SCALES, Having({"r2": NUMBER_OR_NULL})),
+        "flags": FLAGS,
+    }
+)
 
 
 class Cell(NamedTuple):
@@ -51,7 +60,7 @@ def main(data: Path, reports: Path) -> None:
     params = load_params()
     qualities = list(params["lambdas"])
     cells = {
-        (cell["task"], cell["codec"]): read_cell(data, cell["model"], cell["codec"], cell["task"], qualities[0])
+        (cell["task"], cell["codec"]): read_cell(data, cell["model"], cell["codec"], cell["task"], qualities)
         for cell in params["cells"].values()
     }
     points = pd.concat([cell.points for cell in cells.values()], ignore_index=True)
@@ -60,6 +69,13 @@ def main(data: Path, reports: Path) -> None:
         (model, codec): tables.rate_distortion(read_ledgers(data / "coded" / model / codec, qualities))
         for model, codec in coders
     }
+    bounds = {
+        (cell["task"], cell["codec"]): read_bound(data / "evaluations/studies" / name / "bound")
+        for name, cell in params["studies"].items()
+    }
+    ablated = {name: read_ablation(data / "evaluations/studies" / name / "ablation") for name in params["studies"]}
+    losses = {key: _read(reports.joinpath("codecs", *key, "loss.csv"), ["step", "loss"]) for key in coders}
+
     compared = [tables.compare(cell.points, cell.resamples) for cell in cells.values()]
     bd = pd.concat([found.bd for found in compared], ignore_index=True)
     paired_bd = pd.concat([tables.paired(found) for found in compared], ignore_index=True)
@@ -70,11 +86,6 @@ def main(data: Path, reports: Path) -> None:
     write_csv(reports / "codec_bd_rate.csv", codec_bd)
     write_csv(reports / "codec_feature_bd_rate.csv", tables.feature_bd_rates(curves))
     write_json(reports / "metrics.json", tables.metrics(points, bd))
-    bounds = {
-        (cell["task"], cell["codec"]): read_bound(data / "evaluations/studies" / name / "bound")
-        for name, cell in params["studies"].items()
-    }
-    ablated = {name: read_ablation(data / "evaluations/studies" / name / "ablation") for name in params["studies"]}
     taken_apart = [
         ablation_tables.ablation(study["points"], study["bootstrap"], study["rows"]) for study in ablated.values()
     ]
@@ -92,26 +103,25 @@ def main(data: Path, reports: Path) -> None:
         if found:  # without studies there is no bound and no ablation
             write_text(reports / "tables" / f"{name}.md", tables.markdown(found))
             write_text(reports / "tables" / f"{name}.tex", tables.latex(found, name.replace("_", "-")))
-    losses = {key: _read(reports.joinpath("codecs", *key, "loss.csv"), ["step", "loss"]) for key in coders}
     draw(cells, curves, losses, sizes, theirs.points, reports / "figures")
     for (task, codec), study in bounds.items():
         parts = bound_tables.parts_of(study.additivity)
         figures.additivity_figure(reports / "figures" / f"additivity_{task}_{codec}", task, codec, parts)
 
 
-def read_cell(data: Path, model: str, codec: str, task: str, quality: str) -> Cell:
+def read_cell(data: Path, model: str, codec: str, task: str, qualities: list[str]) -> Cell:
     place = Path(model) / codec
     folder = data / "evaluations" / place / task
     points, resamples = _read(folder / "points.csv", RD_POINTS), _read(folder / "bootstrap.csv", RESAMPLES)
     tables.check_cell(points, resamples, str(folder))
-    # Planes have the same pixels at every quality.
-    coded = _read(data / "coded" / place / f"{quality}.csv", ["split", "scale", "pixels"])
+    ledger = data / "coded" / place / f"{qualities[0]}.csv"  # planes have the same pixels at every quality
+    coded = _read(ledger, ["split", "scale", "pixels"])
     pixels = coded[coded["split"] == "fit"].groupby("scale")["pixels"].mean()
     if set(pixels.index) != set(SCALES):
-        raise InputError(f"{data / 'coded' / place / quality}.csv: split 'fit' lacks a scale; run compress again")
-    fit = read_json(data / "loss_rate" / place / f"{task}.json")
+        raise InputError(f"{ledger}: split 'fit' lacks a scale; run compress again")
+    fit = read_fit(data / "loss_rate" / place / f"{task}.json", len(qualities))
     weights = _read(data / "mfip" / place / f"{task}.csv", ["split", "image_id", "scale", "weight", "sensitivity"])
-    mfip = read_json(data / "mfip" / place / f"{task}.json")
+    mfip = read_json(data / "mfip" / place / f"{task}.json", MFIP)
     return Cell(points, resamples, fit, weights, mfip, pixels.reindex(SCALES).to_dict())
 
 
@@ -167,11 +177,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
-    frame = read_csv(path)
-    missing = [column for column in columns if column not in frame]
-    if missing:
-        raise InputError(f"{path} has no column {missing[0]!r}; run the stage that writes it again")
-    return frame[columns]
+    return read_csv(path, columns)[columns]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 `torchrun --nproc-per-node N -m stages.train_model ...` trains with N processes, each on a batch of its own.
 """
 
+import urllib.error
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torchvision.models import get_model_weights
 
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.detector_training import DetectionDataset, train
-from stages.lib.models import build, load_weights, read_checkpoint, save_model
+from stages.lib.models import build, load_weights, published_state, read_checkpoint, save_model
 from stages.lib.params import InputError, entry, load_params
 from stages.lib.ranks import join, place
 
@@ -27,7 +28,7 @@ def main(splits: Path, name: str, out: Path) -> None:
         num_classes = 2  # torchvision's keypoint model knows persons only, category 1
     torch.manual_seed(params["seed"])
     network = build(model, num_classes, num_keypoints)
-    weights, downloaded = model["weights"], False
+    weights, published = model["weights"], False
     if weights and not Path(weights).suffix:  # a name such as COCO_V1; torchvision checks its own hash
         try:
             known = get_model_weights(model["architecture"])[weights]
@@ -36,16 +37,24 @@ def main(splits: Path, name: str, out: Path) -> None:
                 f"params.yaml: models.{name}.weights is {weights!r}: torchvision has no such weights of "
                 f"{model['architecture']}; give a file (with its suffix), a name such as COCO_V1, or null"
             ) from None
-        state = known.get_state_dict(progress=True, check_hash=True)
+        try:
+            state = known.get_state_dict(progress=True, check_hash=True)
+        except (urllib.error.URLError, RuntimeError) as error:  # no way there, or another hash
+            raise InputError(
+                f"params.yaml: models.{name}.weights is {weights!r}: {error}; download {known.url} and give the file"
+            ) from None
         load_weights(network, state, weights)
-        downloaded = True
+        published = True
+    elif weights and Path(weights).suffix == ".pth":  # the file of such a name, downloaded by hand
+        load_weights(network, published_state(Path(weights)), weights)
+        published = True
     elif weights:
         load_weights(network, read_checkpoint(Path(weights))["state"], weights)
     join()
     if model["steps"]:
         train(network, data, model["steps"], model["batch"], model["lr"], params["seed"])
     if place()[0] == 0:
-        save_model(out, network, num_classes, num_keypoints, half=not downloaded)
+        save_model(out, network, num_classes, num_keypoints, half=not published)
 
 
 if __name__ == "__main__":

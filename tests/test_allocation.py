@@ -26,8 +26,8 @@ from stages.lib.allocation import (
     upstream,
     with_skipping,
 )
-from stages.lib.files import read_csv, write_csv
-from stages.lib.loss_rate import Curves, fit_scales
+from stages.lib.files import read_csv, write_csv, write_json
+from stages.lib.loss_rate import Curves, fit_scales, read_fit
 from stages.lib.params import COARSER, SCALES, SKIPPED, InputError
 
 N, K, PRECODE = 12, 4, 1
@@ -391,10 +391,11 @@ def test_predictions_reach_only_the_methods_that_predict(what, methods, evaluate
     assert changed(table, allocate(evaluated, fit, other, PRECODE, 6)) == methods
 
 
-def test_a_loss_rate_model_of_other_qualities_is_refused(evaluated, fit, importance):
-    short = evaluated._replace(drop=evaluated.drop[:, :, 1:], bits=evaluated.bits[:, :, 1:])
-    with pytest.raises(InputError, match="4 qualities, the coded images 3"):
-        allocate(short, fit, importance, PRECODE, 6)
+def test_a_loss_rate_model_of_other_qualities_is_refused(fit, tmp_path):
+    write_json(tmp_path / "fit.json", fit)
+    assert read_fit(tmp_path / "fit.json", 4) == fit
+    with pytest.raises(InputError, match="fit.json: mean.0.drop.*params.yaml has 3 lambdas: run fit_loss_rate again"):
+        read_fit(tmp_path / "fit.json", 3, "mean")
 
 
 def test_importance_is_read_by_image_and_scale(tmp_path, importance):

@@ -406,8 +406,8 @@ def test_no_label_of_test_is_read(profile):
         if garbage:
             for path in [*(folder / "losses").iterdir(), folder / "uncoded.csv"]:
                 rows, labels = read_csv(path), ("clean", "drop", "loss", "loss_skipped")
-                nonsense = rows.assign(split="test", image_id=999999, **dict.fromkeys(labels, "?"))
-                write_csv(path, pd.concat([rows.astype(dict.fromkeys(labels, object)), nonsense]))
+                nonsense = rows.assign(split="test", image_id=999999, **dict.fromkeys(labels, 999.0))
+                write_csv(path, pd.concat([rows, nonsense]))
         out = run_stage(folder, f"mfip{garbage}")
         written.append([out.with_suffix(suffix).read_bytes() for suffix in (".csv", ".json", ".pt")])
     assert written[0] == written[1]

@@ -83,15 +83,15 @@ def write_fit(path: Path) -> None:
     """
     gain = [0.5, 1.0, 2.0, 4.0]  # of the bits of q2
     models = {
-        "mean": {"loss": [4.0, 2.0, 1.0, 0.5], "bits": [1.0] * len(LAMBDAS)},
-        "rate": {"slope": [1.0] * len(LAMBDAS), "offset": np.log(gain).tolist()},
+        "mean": {"loss": [4.0, 2.0, 1.0, 0.5], "drop": [0.0] * len(LAMBDAS), "bits": [1.0] * len(LAMBDAS)},
+        "rate": {"slope": [1.0] * len(LAMBDAS), "offset": np.log(gain).tolist(), "error": [0.0] * len(LAMBDAS)},
     }
     fit = {name: dict.fromkeys(SCALES, values) for name, values in models.items()}
     fit["mean"] = {
         scale: values | {"loss_skipped": [without] * (1 + len(LAMBDAS))}
         for (scale, values), without in zip(fit["mean"].items(), WITHOUT, strict=True)
     }
-    write_json(path, fit)
+    write_json(path, fit | {"n_labelled": 9})
 
 
 def write_predictor(path: Path) -> None:
@@ -345,7 +345,7 @@ def test_an_unknown_cell_names_the_known_ones():
 
 def test_a_model_of_other_qualities_is_refused(cell):
     fewer = cell._replace(params=cell.params | {"lambdas": dict(list(LAMBDAS.items())[:3])})
-    with pytest.raises(InputError, match="detection.json: fitted on 4 qualities, params.yaml has 3"):
+    with pytest.raises(InputError, match="detection.json: mean.0.*params.yaml has 3 lambdas"):
         encode(IMAGE, fewer)
 
 

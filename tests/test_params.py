@@ -85,7 +85,7 @@ BAD = [  # key, value, what the line must say beside the key
     ("codecs.elic.init", "", "a text or null"),
     ("codecs.elic.entropy_steps", -1, "at least 0"),
     ("codecs.elic.entropy_steps", MISSING, "is missing"),
-    ("codecs.elic.famly", [], "choose from packing, network"),
+    ("codecs.elic.famly", [], "did you mean family?"),
     ("tasks.panoptic", {"points": 8}, "one of detection"),
     ("mfip.precode", "q99", "not in lambdas"),
     ("tasks.detection.points", 0, "at least 1"),

@@ -10,7 +10,6 @@ COCOeval.accumulate would have to run once per image and once per resample.
 
 from __future__ import annotations
 
-import pickle
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,13 +97,13 @@ def match_variants(truth: COCO, variants: list[list[dict[str, Any]]], image_ids:
         n_positive[image_index[image_id], category_index[category_id]] = sum(not item["ignore"] for item in objects)
 
     matches = []
-    known: dict[bytes, tuple[dict[str, Any], float]] = {}  # variants have many detections in common
+    known: dict[str, tuple[dict[str, Any], float]] = {}  # variants have many detections in common
     for found in variants:
         evaluation._dts = _by_pair(found, image_index, category_index)
         pairs = sorted(evaluation._dts, key=lambda pair: pair[::-1])  # by category, then image, as COCOeval
         evaluated, utility = [], np.zeros(len(image_ids))
         for pair in pairs:
-            key = pickle.dumps(evaluation._dts[pair])
+            key = repr(evaluation._dts[pair])
             if key not in known:
                 matched = _evaluate(evaluation, pair, sigmas)
                 known[key] = matched, _utility(evaluation, pair, matched["dtScores"])

@@ -52,12 +52,7 @@ def allocate(test: Curves, fit: dict, importance: Importance, precode: int, poin
 
     `point` counts from 0 in rising bits; `precode` is the quality whose bits a sender knows. The measured drops and
     losses of the evaluated images reach `label_aware` only.
-    Raises InputError when the loss-rate model was fitted on another number of qualities.
     """
-    k = test.bits.shape[2]
-    fitted = len(fit["mean"][SCALES[0]]["bits"])
-    if fitted != k:
-        raise InputError(f"the loss-rate model has {fitted} qualities, the coded images {k}; run fit_loss_rate again")
     return allocation_table(
         label_free(test.bits, test.pixels, fit, importance, precode) | label_aware(test, fit), test, points
     )

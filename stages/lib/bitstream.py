@@ -36,10 +36,9 @@ from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import MAX_SIDE, SCALES, InputError
 
 MAGIC, VERSION = b"MFB", 2
-MAX_SIDE = 16384  # px; far above any image that a detector is given, and a multiple of PAD
 PAD = 32  # px; torchvision's transform pads to multiples of it
 HEADER = struct.Struct("<3sB4s4s4HB")
 RECORD = struct.Struct("<Bee")

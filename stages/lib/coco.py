@@ -9,44 +9,59 @@ from contextlib import redirect_stdout
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from stages.lib.files import read_json
-from stages.lib.params import TEXT, Check, InputError, is_number, is_whole, whole
+from stages.lib.files import picture, read_json
+from stages.lib.params import MAX_SIDE, TEXT, TEXT_OR_NULL, Check, InputError, is_number, is_whole, whole
 
 Item = dict[str, Any]  # one entry of `images`, `annotations` or `categories`
 
 SECTIONS = ("images", "annotations", "categories")
 COCO_KEYPOINTS = 17  # pycocotools knows the OKS sigmas of this many
+FARTHEST = 2 * MAX_SIDE  # px; pycocotools draws polygons point by point, in C, however far they go
 
 
 def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(is_number, value))
+    return isinstance(value, list) and all(is_number(v) and abs(v) <= FARTHEST for v in value)
 
 
 def _is_keypoints(value: Any) -> bool:
     return _is_numbers(value) and len(value) % 3 == 0 and set(value[2::3]) <= {0, 1, 2}
 
 
-IMAGE = {"id": whole(0), "file_name": TEXT, "width": whole(1), "height": whole(1)}
-CATEGORY = {"id": whole(1), "name": TEXT}  # ids are the model's labels, and label 0 is its background
+ID = whole(0, most=2**63 - 1)
+ID_NOT_0 = whole(1, most=2**63 - 1)  # COCOeval takes id 0 for "no match"
+SIDE = whole(1, most=MAX_SIDE)
+IMAGE = {"id": ID, "file_name": TEXT, "width": SIDE, "height": SIDE}
+CATEGORY = {"id": whole(1, most=9999), "name": TEXT}  # ids are the model's labels, and label 0 is its background
 KEYPOINT_CATEGORY = CATEGORY | {
     "keypoints": Check(lambda value: isinstance(value, list) and len(value) > 0, "a list of keypoint names"),
 }
-REFERENCES = {"id": whole(1), "image_id": whole(0), "category_id": whole(1)}  # COCOeval takes id 0 for "no match"
+REFERENCES = {"id": ID_NOT_0, "image_id": ID, "category_id": ID_NOT_0}
 ANNOTATION = {
     "bbox": Check(
         lambda value: _is_numbers(value) and len(value) == 4 and min(value[2:]) >= 0,
-        "[x, y, width, height], all finite",
+        f"[x, y, width, height], finite and at most {FARTHEST}",
     ),
     "area": Check(lambda value: is_number(value) and value >= 0, "a number of at least 0"),
     "iscrowd": Check(lambda value: is_whole(value) and value in (0, 1), "0 or 1"),
 }
 KEYPOINT_ANNOTATION = ANNOTATION | {
     "num_keypoints": whole(0),
-    "keypoints": Check(_is_keypoints, "a list of finite x, y, v with v in 0, 1, 2"),
+    "keypoints": Check(_is_keypoints, f"a list of x, y, v with v in 0, 1, 2, finite and at most {FARTHEST}"),
+}
+SPLIT = {
+    "images": TEXT,
+    "instances": TEXT,
+    "person_keypoints": TEXT_OR_NULL,
+    "image_ids": Check(
+        lambda value: isinstance(value, list) and all(map(ID.accepts, value)) and len({*value}) == len(value) > 0,
+        f"a list of ids, none twice, each {ID.wanted}",
+    ),
+    "file_names": Check(
+        lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)), "a list with a text for each image"
+    ),
 }
 
 
@@ -61,8 +76,10 @@ class Split(NamedTuple):
 
 
 def load_split(splits_json: Path, split: str) -> Split:
-    entry = read_json(splits_json)[split]
-    keypoints = entry["person_keypoints"]
+    entry = read_json(splits_json, dict.fromkeys(("train", "fit", "test"), SPLIT))[split]
+    keypoints, counts = entry["person_keypoints"], (len(entry["image_ids"]), len(entry["file_names"]))
+    if counts[0] != counts[1]:
+        raise InputError(f"{splits_json}: {split} has {counts[0]} image_ids, {counts[1]} file_names; run prepare again")
     return Split(
         images=Path(entry["images"]),
         instances=Path(entry["instances"]),
@@ -81,15 +98,19 @@ def ground_truth(split: Split, task: str) -> COCO:
     path = split.person_keypoints if task == "keypoints" else split.instances
     if path is None:
         raise InputError("splits.json has no person_keypoints; add keypoints to a model's tasks and prepare again")
-    data = read_json(path)
+    data, chosen = _read(path, KEYPOINT_CATEGORY if task == "keypoints" else CATEGORY), set(split.image_ids)
     images = {image["id"]: image for image in data["images"]}
-    if not images.keys() >= set(split.image_ids):  # images without persons may be absent from person_keypoints
-        images = {image["id"]: image for image in read_json(split.instances)["images"]}
-    chosen = set(split.image_ids)
+    if not images.keys() >= chosen:  # images without persons may be absent from person_keypoints
+        path = split.instances
+        images = {image["id"]: image for image in _read(path, CATEGORY)["images"]}
+    if missing := chosen - images.keys():
+        raise InputError(f"{path}: images: has no id {min(missing)}, which splits.json lists; run prepare again")
+    annotations = [item for item in data["annotations"] if item["image_id"] in chosen]
+    _check_fields(path, "annotations", annotations, KEYPOINT_ANNOTATION if task == "keypoints" else ANNOTATION)
     coco = COCO()
     coco.dataset = {
         "images": [images[image_id] for image_id in split.image_ids],
-        "annotations": [item for item in data["annotations"] if item["image_id"] in chosen],
+        "annotations": annotations,
         "categories": data["categories"],
     }
     with redirect_stdout(io.StringIO()):
@@ -217,7 +238,7 @@ def _check_segmentation(path: Path, item: Item, image: Item) -> None:
     value = item.get("segmentation")
     if isinstance(value, list):
         good = value and all(_is_numbers(ring) and len(ring) >= 6 and len(ring) % 2 == 0 for ring in value)
-        remedy = "give polygons of at least 3 points [x, y, x, y, ...]"
+        remedy = f"give polygons of at least 3 points [x, y, x, y, ...], finite and at most {FARTHEST}"
     else:
         good = isinstance(value, dict) and _is_rle(value, image["height"], image["width"])
         remedy = f"give polygons, or a run-length code of size [{image['height']}, {image['width']}]"
@@ -251,12 +272,12 @@ def _check_not_empty(path: Path, chosen: dict[str, list[Item]], annotated: Itera
 
 
 def _check_file_names(folder: Path, path: Path, images: Iterable[Item]) -> None:
-    home = folder.resolve()
+    home = os.path.realpath(folder)
     for image in images:
         name = image["file_name"]
-        inside = "\0" not in name and ".." not in PurePath(name).parts and not PurePath(name).is_absolute()
-        if not inside or not (folder / name).resolve().is_relative_to(home):
-            raise _bad(path, "images", image, "file_name", f"it must lie in {folder}")
+        inside = name.isprintable() and ".." not in PurePath(name).parts and not PurePath(name).is_absolute()
+        if not inside or not Path(os.path.realpath(folder / name)).is_relative_to(home):  # its links may form a loop
+            raise _bad(path, "images", image, "file_name", f"it must lie in {folder}, and be printable")
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such image, but {path} lists it; add the file")
 
@@ -264,22 +285,17 @@ def _check_file_names(folder: Path, path: Path, images: Iterable[Item]) -> None:
 def _decode_all(folder: Path, images: Collection[Item]) -> None:
     """A truncated image is found now, not hours later."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the interpreter's lock
-        for image, complaint in zip(images, pool.map(lambda image: _decode(folder, image), images), strict=True):
-            if complaint:
-                raise InputError(f"{folder / image['file_name']}: {complaint}")
+        list(pool.map(lambda image: _decode(folder / image["file_name"], image["width"], image["height"]), images))
 
 
-def _decode(folder: Path, image: Item) -> str | None:
-    try:
-        with Image.open(folder / image["file_name"]) as picture:
-            picture.load()
-            size = picture.size
-    except Exception as error:  # Pillow's decoders raise many kinds
-        return f"cannot be decoded ({error}); replace the file"
-    if size != (image["width"], image["height"]):
-        expected = f"{image['width']} x {image['height']}"
-        return f"is {size[0]} x {size[1]} pixels, but its annotation file says {expected}; correct one of them"
-    return None
+def _decode(path: Path, width: int, height: int) -> None:
+    with picture(path) as image:
+        if image.size != (width, height):  # before memory for a wrong one is taken
+            is_now = " x ".join(map(str, image.size))
+            raise InputError(
+                f"{path}: is {is_now} pixels, but its annotation file says {width} x {height}; correct one of them"
+            )
+        image.load()
 
 
 def _check_fields(path: Path, section: str, items: Iterable[Item], fields: dict[str, Check]) -> None:

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,15 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
+from PIL import Image
 
-from stages.lib.params import InputError
+from stages.lib.params import InputError, check
+
+PICTURES = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # others can be programs, as EPS is
+TEXTS = {  # columns of tables, any table; the others hold numbers
+    *("task", "codec", "method", "split", "scale", "accuracy_name", "kind", "size", "name", "quantity"),
+    *("part", "description", "sees_labels", "reference"),
+}
 
 
 @contextmanager
@@ -58,12 +65,16 @@ def write_json(path: Path, value: Any) -> None:
         scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, schema: Any = None) -> Any:
+    """Raises InputError that names the file, and a key whose value is not as `params.check` wants it."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            value = json.load(file)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f"{path}: not valid JSON ({error}); write the file again") from None
+    if schema is not None:
+        check(value, schema, str(path))
+    return value
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
@@ -72,13 +83,39 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
         frame.to_csv(scratch, index=False, lineterminator="\n")
 
 
-def read_csv(path: Path) -> pd.DataFrame:
+def read_csv(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
+    """Raises InputError that names the file where a column is missing, or a number is a text or infinite."""
+    again = "run the stage that writes it again"
     try:
-        return pd.read_csv(
+        frame = pd.read_csv(
             path, dtype={"scale": str}, float_precision="round_trip", keep_default_na=False, na_values=[""]
         )
     except ValueError as error:  # EmptyDataError, ParserError and UnicodeDecodeError
-        raise InputError(f"{path}: not a CSV table ({error}); write the file again") from None
+        raise InputError(f"{path}: not a CSV table ({error}); {again}") from None
+    for column in columns:
+        if column not in frame:
+            raise InputError(f"{path} has no column {column!r}; {again}")
+        if column not in TEXTS:
+            numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
+            bad = frame[column].notna() & ~np.isfinite(numbers)
+            if bad.any():
+                line = int(bad.argmax())
+                raise InputError(
+                    f"{path}: line {line + 2}: {column} is {str(frame[column][line])!r}, no finite number; {again}"
+                )
+    return frame
+
+
+@contextmanager
+def picture(path: Path) -> Iterator[Image.Image]:
+    """An image file; its size is known before its pixels are decoded. InputError for whatever Pillow raises within."""
+    try:
+        with Image.open(path, formats=PICTURES) as image:
+            yield image
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise InputError(f"{path}: cannot be decoded ({error}); give a whole picture file") from None
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import curve_fit, minimize_scalar
 
-from stages.lib.files import read_csv
-from stages.lib.params import SCALES, InputError
+from stages.lib.files import read_csv, read_json
+from stages.lib.params import FLAGS, NUMBER, NUMBER_OR_NULL, SCALES, Having, InputError, numbers, whole
 
 BETA_RANGE = (-5.0, -0.01)
 BETA_GRID = 200  # starts of the search: the error has several minima in beta
@@ -24,6 +24,7 @@ FEW_IMAGES = 2 * FOLDS
 # A failed fit says "no measurable loss": the scale asks for next to nothing until the others have theirs.
 FAILED_ALPHA, FAILED_BETA = 1e-6, -1.0
 EQUAL_DROPS = 1e-9  # drops nearer than this are the same AP; a real step of an image's AP is above 1e-5
+RIVALS = ("power", "power_offset", "exponential", "mse", "quality", "quality_sensitivity")  # see `rivals`
 PEAK_SQUARED = 255**2  # planes are normalised to [0, 1]; upstream's constants are for 8-bit MSE
 
 
@@ -221,6 +222,27 @@ def fit_scales(curves: Curves, precode: int) -> dict:
     return out
 
 
+def read_fit(path: Path, k: int, *models: str) -> dict:
+    """A file of what `fit_scales` gave, of k qualities; `models`: those of its models that the caller takes.
+
+    Raises InputError that names the file where it is another's, or was fitted on another number of qualities.
+    """
+    of_scale = {
+        "power": {"alpha": NUMBER, "beta": NUMBER, "r2": NUMBER_OR_NULL, "flags": FLAGS},
+        "upstream": {"a": NUMBER, "b": NUMBER},
+        "rate_phi": {"a": NUMBER, "b": NUMBER, "r2": NUMBER_OR_NULL},
+        "mean": {"drop": numbers(k), "bits": numbers(k), "loss": numbers(k), "loss_skipped": numbers(1 + k)},
+        "rate": {"slope": numbers(k), "offset": numbers(k), "error": numbers(k)},
+        "label": {"mean": NUMBER, "std": NUMBER},
+        "rivals": dict.fromkeys(RIVALS, NUMBER_OR_NULL),
+    }
+    schema = {model: dict.fromkeys(SCALES, Having(of_scale[model])) for model in models or of_scale}
+    try:
+        return read_json(path, Having({"n_labelled": whole(0)} | schema))
+    except InputError as error:
+        raise InputError(f"{error}; params.yaml has {k} lambdas: run fit_loss_rate again") from None
+
+
 def rivals(curves: Curves, s: int) -> dict[str, float | None]:
     """Models of one scale's smooth loss from its rate or error, without anything of the image: model -> held-out r2.
 
@@ -238,7 +260,7 @@ def rivals(curves: Curves, s: int) -> dict[str, float | None]:
         "exponential": (lambda r, a, b: a * np.exp(-b * r), rate),
         "mse": (lambda m, kappa: kappa * m, mse),
     }
-    predicted = {name: np.full(loss.shape, np.nan) for name in (*shapes, "quality", "quality_sensitivity")}
+    predicted = {name: np.full(loss.shape, np.nan) for name in RIVALS}
     sensitivity = sensitivity_labels(curves.loss, curves.loss_skipped)[:, s, None]
     for k in np.unique(fold):
         train, left = fold != k, fold == k
@@ -333,10 +355,7 @@ def _json_number(value: object) -> object:
 
 
 def _rows(file: Path, columns: list[str], **where: str) -> pd.DataFrame:
-    frame = read_csv(file)
-    missing = [c for c in [*where, "image_id", "scale", *columns] if c not in frame]
-    if missing:
-        raise InputError(f"{file} has no column {missing[0]!r}; run the stage that writes it again")
+    frame = read_csv(file, [*where, "image_id", "scale", *columns])
     for column, value in where.items():
         frame = frame[frame[column] == value]
     if frame.empty:

@@ -221,7 +221,7 @@ def save(path: Path, model: MFIP) -> None:
 
 def load(path: Path) -> MFIP:
     """The predictor of a file written by `save`, in eval mode."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, "feature_channels", "channels")
     model = MFIP(checkpoint["feature_channels"], checkpoint["channels"])
     load_weights(model, checkpoint["state"], str(path))
     return model.eval()

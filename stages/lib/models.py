@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor, nn
 from torchvision.models import detection, resnet
@@ -31,7 +34,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.transforms.functional import pil_to_tensor
 
-from stages.lib.files import atomic
+from stages.lib.files import atomic, picture
 from stages.lib.params import InputError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,19 +110,26 @@ def build(params: dict, num_classes: int, num_keypoints: int) -> nn.Module:
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load `state` strictly; raises InputError that names the first layer that does not fit."""
+    """Load `state` strictly; raises InputError that names the first layer that does not fit.
+
+    Layers may have the older names that torchvision's own still know: its published files do.
+    """
+    other = "the file belongs to another network"
     own = module.state_dict()
-    for name, value in own.items():
-        if name not in state:
-            raise InputError(f"{source}: has no weights for layer {name!r}; the file belongs to another network")
-        if state[name].shape != value.shape:
+    for name, value in state.items():
+        if name in own and own[name].shape != value.shape:
             raise InputError(
-                f"{source}: layer {name!r} has shape {tuple(state[name].shape)}, the network needs "
-                f"{tuple(value.shape)}; the file belongs to another network or data set"
+                f"{source}: layer {name!r} has shape {tuple(value.shape)}, the network needs "
+                f"{tuple(own[name].shape)}; {other} or data set"
             )
-    if extra := [name for name in state if name not in own]:
-        raise InputError(f"{source}: layer {extra[0]!r} is unknown to the network; the file belongs to another network")
-    module.load_state_dict(state)
+    try:
+        missing, unknown = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # an older name, and another shape
+        raise InputError(f"{source}: {error}; {other}") from None
+    for name in missing:
+        raise InputError(f"{source}: has no weights for layer {name!r}; {other}")
+    for name in unknown:
+        raise InputError(f"{source}: layer {name!r} is unknown to the network; {other}")
 
 
 def read_checkpoint(path: Path, *needed: str) -> dict:
@@ -129,28 +139,61 @@ def read_checkpoint(path: Path, *needed: str) -> dict:
     """
     if not path.is_file():
         raise InputError(f"{path}: weights are missing; give an existing file, or null to train from the start")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint["state"]
-        checkpoint["state"] = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    with _naming(path, "is no weights file of this project"):
+        checkpoint = _load(path)
+        checkpoint["state"] = _floats(checkpoint["state"], path)
         missing = [key for key in needed if key not in checkpoint]
-    except Exception as error:  # torch.load raises many types for a file that is no checkpoint
-        raise InputError(f"{path}: is no weights file of this project ({type(error).__name__})") from error
     if missing:
         raise InputError(f"{path}: has no {missing[0]!r}; the file belongs to another network")
     return checkpoint
 
 
 def published_state(path: Path) -> dict[str, Tensor]:
-    """A file with a state dict, alone or under "state_dict", as other projects publish weights; no code is run."""
+    """A file with a state dict, alone or under "state_dict", as other projects publish weights; no code is run.
+
+    A name like torchvision's, ...-<8 hex digits>.pth, tells how the SHA-256 of the file begins.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: weights are missing; give an existing file")
+    if told := re.search(r"-([0-9a-f]{8})\.pth", path.name):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not digest.startswith(told[1]):
+            raise InputError(f"{path}: its SHA-256 begins with {digest[:8]}, not as its name says; download it again")
+    with _naming(path, "holds no state dict of tensors"):
+        loaded = _load(path)
+        state = _floats(loaded.get("state_dict", loaded), path)
+        return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+@contextmanager
+def _naming(path: Path, what: str) -> Iterator[None]:
+    """torch.load raises many types for a file that is no checkpoint, and so does its content: all InputErrors."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        state = loaded.get("state_dict", loaded)
-        return {name.removeprefix("module."): value.float() for name, value in state.items()}
-    except FileNotFoundError:
-        raise InputError(f"{path}: weights are missing; give an existing file") from None
-    except Exception as error:  # torch.load raises many types for a file that is no checkpoint
-        raise InputError(f"{path}: holds no state dict of tensors ({type(error).__name__})") from error
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: {what} ({type(error).__name__}); give another file") from error
+
+
+def _load(path: Path) -> Any:
+    """What torch.save wrote; nothing that runs code. Raises InputError for damage, which torch.load does not see."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if sum(part.file_size for part in file.infolist()) > path.stat().st_size:
+                raise InputError(f"{path}: claims to hold more bytes than it has; give another file")
+            if damaged := file.testzip():
+                raise InputError(f"{path}: {damaged} is damaged (wrong CRC); copy the file again")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _floats(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Layer -> tensor, its numbers finite, float32 unless whole."""
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path}: layer {name!r} holds numbers that are not finite; train it again")
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 def load_model(path: Path, params: dict) -> nn.Module:
@@ -163,8 +206,9 @@ def load_model(path: Path, params: dict) -> nn.Module:
 
 def read_image(path: Path) -> Tensor:
     """An image file -> RGB tensor [3, H, W], float32 in [0, 1]."""
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB")).float() / 255
+    with picture(path) as image:
+        pixels = image.convert("RGB")
+    return pil_to_tensor(pixels).float() / 255
 
 
 @torch.inference_mode()

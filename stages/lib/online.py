@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
@@ -34,7 +32,6 @@ from stages.lib.accuracy import results
 from stages.lib.allocation import BISECTIONS, LOG10_LAMBDA_PRIME, Choose, mfiba_skip, uniform
 from stages.lib.bitstream import (
     FRAME_BYTES,
-    MAX_SIDE,
     Bitstream,
     BitstreamError,
     check_identity,
@@ -44,9 +41,10 @@ from stages.lib.bitstream import (
     parse_record,
 )
 from stages.lib.coding import FeatureCodec, decode_scale, encode_scale, load_codec, pyramid_shapes
-from stages.lib.files import read_json
+from stages.lib.files import picture
+from stages.lib.loss_rate import read_fit
 from stages.lib.models import Sizes, detect, load_model, pyramid_of, read_image
-from stages.lib.params import SCALES, SKIPPED, InputError, load_params, precode_of
+from stages.lib.params import MAX_SIDE, SCALES, SKIPPED, InputError, attempt, load_params, precode_of, read_yaml
 from stages.lib.prediction import Predictor
 from stages.lib.prediction import load as load_predictor
 
@@ -78,7 +76,7 @@ class Cell(NamedTuple):
 
     def made_by(self, stage: str) -> Path:
         """What a stage of dvc.yaml makes for this cell, a file; InputError says how to make one that is missing."""
-        definition = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]
+        definition = read_yaml(Path("dvc.yaml"))["stages"][stage]
         values = {"key": self.model, "item.task": self.task, "item.model": self.model, "item.codec": self.codec}
         template = definition.get("do", definition)["outs"][0]
         path = Path(re.sub(r"\$\{([a-z.]+)}", lambda match: values[match[1]], template))
@@ -136,8 +134,6 @@ def one_thread() -> Iterator[None]:
 def load_cell(name: str) -> Cell:
     """A cell of the profile in the working folder."""
     params = load_params()
-    if name not in params["cells"]:
-        raise InputError(f"--cell is {name!r}: it is not in params.yaml; choose from {', '.join(params['cells'])}")
     return Cell(name, params=params, **params["cells"][name])
 
 
@@ -175,7 +171,10 @@ def encode(
     _check_choice(len(lambdas), phi, lambda_prime, bpp)
     image = _read(path, cell)
     networks = load_networks(cell)
-    importance = None if phi is not None else (_load_fit(cell), mfip.load(cell.made_by("train_mfip")))
+    importance = None
+    if phi is None:
+        fit = read_fit(cell.made_by("fit_loss_rate"), len(lambdas), "mean", "rate")
+        importance = fit, mfip.load(cell.made_by("train_mfip"))
     feature_codec, clock = networks.feature_codec, Stopwatch()
 
     with clock("backbone"):
@@ -277,15 +276,6 @@ def nearest_in_size(choose: Choose, bits: Callable[[np.ndarray], float], wanted:
     return min(tried, key=error)
 
 
-def _load_fit(cell: Cell) -> dict:
-    path = cell.made_by("fit_loss_rate")
-    fit, k = read_json(path), len(cell.params["lambdas"])
-    fitted = len(fit["mean"][SCALES[0]]["bits"])
-    if fitted != k:
-        raise InputError(f"{path}: fitted on {fitted} qualities, params.yaml has {k} lambdas; run fit_loss_rate again")
-    return fit
-
-
 def _check_choice(k: int, phi: int | None, lambda_prime: float | None, bpp: float | None) -> None:
     if phi is not None and not 0 <= phi < k:
         raise InputError(f"--phi is {phi}: params.yaml has {k} lambdas; choose 0 to {k - 1}")
@@ -295,18 +285,16 @@ def _check_choice(k: int, phi: int | None, lambda_prime: float | None, bpp: floa
 
 
 def _read(path: Path, cell: Cell) -> Tensor:
-    try:
-        image = read_image(path)
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise InputError(f"{path}: cannot be read as an image ({error}); give a picture file") from None
-    short, long = sorted(image.shape[1:])
+    with picture(path) as image:
+        width, height = image.size
+    short, long = sorted((width, height))
     longest = cell.image_size["max"]
     if long > MAX_SIDE or long >= short * longest:  # at `longest` px the short side would have none
         raise InputError(
-            f"{path}: is {image.shape[2]} x {image.shape[1]} px, the long side must be at most {MAX_SIDE} px and "
+            f"{path}: is {width} x {height} px, the long side must be at most {MAX_SIDE} px and "
             f"less than {longest} times the short one; crop or scale the image"
         )
-    return image
+    return read_image(path)
 
 
 # ---------------------------------------------------------------- receiver
@@ -393,11 +381,12 @@ def _check_sizes(original: tuple[int, int], resized: tuple[int, int], cell: Cell
         )
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line, and not the usage before it."""
+        self.exit(2, f"{self.prog}: {message}; --help lists what may be given\n")
+
+
 def run(parser: argparse.ArgumentParser, main: Callable[..., None]) -> None:
-    """`params.entry` for a command with options: bad input -> one line on stderr and exit code 2."""
-    words = vars(parser.parse_args())
-    try:
-        main(**words)
-    except (InputError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    """`params.entry` for a command with options, all of whose outputs are files."""
+    attempt(main, vars(parser.parse_args()), folders=False)

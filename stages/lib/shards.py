@@ -103,7 +103,12 @@ def unfinished(out: Path, *made_from: Any) -> Iterator[Path]:
             if other != folder:
                 shutil.rmtree(other)
     folder.mkdir(parents=True, exist_ok=True)
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        if not any(folder.iterdir()):
+            shutil.rmtree(home)
+        raise
     shutil.rmtree(home)
 
 
