@@ -1,6 +1,9 @@
 """dvc.yaml knows what each stage is made of."""
 
 import ast
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,23 @@ def test_the_command_of_a_stage_is_its_module_and_every_path_in_it_is_declared(s
     words = definition(stage)["cmd"].split()
     assert words[:4] == ["PYTHONPATH=${root}", "python", "-m", f"stages.{stage}"]
     assert f"${{root}}/stages/{stage}.py" in definition(stage)["deps"]
+
+
+@pytest.mark.parametrize("profile", [path.parent.name for path in ROOT.glob("profiles/*/params.yaml")])
+def test_a_profile_has_the_stages_of_its_models_codecs_and_cells(profile: str, tmp_path: Path) -> None:
+    folder = tmp_path / "profiles" / profile
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / "profiles" / profile / name, folder, follow_symlinks=False)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
+    listing = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
+    names = subprocess.run(listing, cwd=folder, capture_output=True, text=True, check=True).stdout.split()
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    coders = {f"{cell['model']}-{cell['codec']}" for cell in params["cells"].values()}
+    expected = {f"compress@{coder}-{quality}" for coder in coders for quality in params["lambdas"]}
+    expected |= {f"allocate@{cell}" for cell in params["cells"]} | {f"extract@{model}" for model in params["models"]}
+    assert {name for name in names if name.startswith(("compress@", "allocate@", "extract@"))} == expected
 
 
 def test_stages_do_not_import_each_other() -> None:

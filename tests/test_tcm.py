@@ -1,7 +1,11 @@
 """Windows see their part of the map and nothing else; a receiver that reads the symbols gets the sender's latent."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from pytest import approx
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,6 +67,14 @@ def changed_by(module: nn.Module, shape: tuple[int, ...], position: tuple[int, .
 @pytest.mark.parametrize(("N", "weights"), [(64, 45.2e6), (128, 76.6e6)])
 def test_the_papers_networks_have_the_papers_number_of_weights(N, weights, no_initial_weights):
     assert sum(p.numel() for p in LicTcm(3, N, 320).parameters()) == approx(weights, rel=0.01)
+
+
+def test_the_coco_profile_has_the_papers_network():
+    profile = Path(__file__).parents[1] / "profiles/coco/params.yaml"
+    network = yaml.safe_load(profile.read_text())["codecs"]["tcm"]["network"]
+    defaults = {name: p.default for name, p in inspect.signature(LicTcm).parameters.items() if name != "plane_channels"}
+    wanted = defaults | {"N": 64, "M": 320}
+    assert {name: tuple(v) if isinstance(v, list) else v for name, v in network.items()} == wanted
 
 
 def test_narrow_slice_networks_make_a_small_codec():
