@@ -10,6 +10,10 @@ from torch import Tensor
 
 from stages.lib.params import SCALES
 
+# Channels that a quilt interleaves; more make several quilts, in tiles. A latent sees 16 x 16 samples: of 32 channels
+# 2 x 4 places, of 256 it would be one place, where the rotation leaves nothing for a transform to gain.
+QUILTED = 32
+
 
 class Range(NamedTuple):
     """Feature values that a plane's 0 and 1 stand for; float16, since the receiver is sent these very numbers."""
@@ -67,6 +71,13 @@ def grid(tiles: int) -> tuple[int, int]:
     return rows, -(-tiles // rows)
 
 
+def layout(channels: int, packing: Packing) -> tuple[int, int, int, int]:
+    """Rows and columns of tiles, and of the channels that are interleaved in a tile."""
+    c = packing.plane_channels
+    together = min(channels, QUILTED) if packing.kind == "quilt" else 1
+    return *grid(-(-channels // (c * together))), *grid(together)
+
+
 def pack(features: Tensor, scale: str, packing: Packing) -> tuple[Tensor, Range]:
     """Features of one image [C, H, W] -> plane [c, gh*H, gw*W] in [0, 1] and its range."""
     channels, height, width = features.shape
@@ -78,24 +89,19 @@ def pack(features: Tensor, scale: str, packing: Packing) -> tuple[Tensor, Range]
     else:
         value_range = Range(-_float16_above(-features.min().item()), _float16_above(features.max().item()))
     c = packing.plane_channels
-    rows, columns = grid(-(-channels // c))
+    rows, columns, down, right = layout(channels, packing)
     span = value_range.high - value_range.low or 1.0
-    plane = features.new_zeros(c * rows * columns, height, width)
+    plane = features.new_zeros(c * rows * columns * down * right, height, width)
     plane[:channels] = (features - value_range.low) / span
-    plane = plane.view(rows, columns, c, height, width)
-    plane = plane.permute(2, 3, 0, 4, 1) if packing.kind == "quilt" else plane.permute(2, 0, 3, 1, 4)
-    return plane.reshape(c, rows * height, columns * width), value_range
+    plane = plane.view(rows, columns, down, right, c, height, width).permute(4, 0, 5, 2, 1, 6, 3)
+    return plane.reshape(plane_shape(channels, height, width, packing)), value_range
 
 
 def unpack(plane: Tensor, value_range: Range, scale: str, channels: int, packing: Packing) -> Tensor:
     """Inverse of `pack`: plane [c, gh*H, gw*W] -> features [C, H, W]."""
-    c = packing.plane_channels
-    rows, columns = grid(-(-channels // c))
-    height, width = plane.shape[1] // rows, plane.shape[2] // columns
-    if packing.kind == "quilt":
-        tiles = plane.view(c, height, rows, width, columns).permute(2, 4, 0, 1, 3)
-    else:
-        tiles = plane.view(c, rows, height, columns, width).permute(1, 3, 0, 2, 4)
+    rows, columns, down, right = layout(channels, packing)
+    height, width = plane.shape[1] // (rows * down), plane.shape[2] // (columns * right)
+    tiles = plane.view(-1, rows, height, down, columns, width, right).permute(1, 4, 3, 6, 0, 2, 5)
     tiles = tiles.reshape(-1, height, width)
     features = tiles[:channels] * (value_range.high - value_range.low) + value_range.low
     if packing.kind != "tile":
@@ -106,8 +112,8 @@ def unpack(plane: Tensor, value_range: Range, scale: str, channels: int, packing
 
 def plane_shape(channels: int, height: int, width: int, packing: Packing) -> tuple[int, int, int]:
     """Shape of the plane of a feature map [C, H, W]: what the receiver derives instead of being told."""
-    rows, columns = grid(-(-channels // packing.plane_channels))
-    return packing.plane_channels, rows * height, columns * width
+    rows, columns, down, right = layout(channels, packing)
+    return packing.plane_channels, rows * down * height, columns * right * width
 
 
 def _float16_above(value: float) -> float:
