@@ -39,7 +39,8 @@ from stages.lib.params import InputError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PIXELS_PER_PASS = 48 * 128**2  # of images whose maps pass a head together: enough to fill a GPU, flat in memory
-REGIONS_PER_PASS = 64  # of a head: larger maps leave a CPU's caches, and malloc asks for them anew
+# Of a head: on a CPU larger maps leave its caches, and malloc asks for them anew.
+REGIONS_PER_PASS = 512 if DEVICE.type == "cuda" else 64
 
 
 class Sizes(NamedTuple):
