@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
-import stages.lib.measuring  # noqa: F401  its imports are made before the samples are forked
+from stages.lib import measuring  # noqa: F401  its imports are made before the samples are forked
 from stages.lib.online import run
 from stages.lib.planning import plan
 from stages.lib.shards import workers
