@@ -10,7 +10,7 @@ from stages.lib import ablation, mfip
 from stages.lib.allocation import allocation_table, read_importance
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coco import ground_truth, load_split
-from stages.lib.features import Features
+from stages.lib.features import Features, shards_of
 from stages.lib.files import atomic, write_csv
 from stages.lib.loss_rate import (
     importance_labels,
@@ -24,7 +24,7 @@ from stages.lib.measuring import bits_of, choices_of, load_evaluator, read_match
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params, precode_of
 from stages.lib.senses import other_senses
-from stages.lib.shards import map_shards, shards_of, unfinished
+from stages.lib.shards import map_shards, unfinished
 from stages.lib.sizes import object_areas, size_table
 
 

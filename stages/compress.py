@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 
 from stages.lib.coding import compress_shard, load_codec, read_ledger
-from stages.lib.features import Features
+from stages.lib.features import Features, Shard, shards_of
 from stages.lib.files import atomic, write_csv
 from stages.lib.params import entry, load_params
-from stages.lib.shards import Shard, map_shards, publish, shards_of, unfinished
+from stages.lib.shards import map_shards, publish, unfinished
 
 
 def main(features: Path, codec: Path, quality: str, out: Path, ledger: Path) -> None:

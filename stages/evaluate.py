@@ -3,11 +3,11 @@
 from functools import partial
 from pathlib import Path
 
-from stages.lib.features import Features
+from stages.lib.features import Features, shards_of
 from stages.lib.files import atomic, read_csv, write_csv
 from stages.lib.measuring import bits_of, choices_of, load_evaluator, read_matches, tabulate
 from stages.lib.params import entry, load_params, tasks_of
-from stages.lib.shards import map_shards, shards_of, unfinished
+from stages.lib.shards import map_shards, unfinished
 
 
 def main(

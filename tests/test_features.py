@@ -7,10 +7,9 @@ import torch
 from artifacts import write_features
 
 from stages.lib import features, models
-from stages.lib.features import Features, batches_by_size
+from stages.lib.features import SHARD_IMAGES, Features, batches_by_size
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, InputError
-from stages.lib.shards import IMAGES
 
 WIDE = Sizes((50, 90), (60, 100), (64, 128))
 HIGH = Sizes((128, 64), (128, 64), (128, 64))
@@ -58,7 +57,7 @@ def test_a_constant_map_comes_back_from_uint10(tmp_path):
 
 
 def test_images_are_found_in_any_shard(tmp_path):
-    items = [("fit", 7 * i, pyramid(7 * i), WIDE) for i in range(2 * IMAGES + 3)]
+    items = [("fit", 7 * i, pyramid(7 * i), WIDE) for i in range(2 * SHARD_IMAGES + 3)]
     fit = Features(write_features(tmp_path / "f", items), "fit")
     assert len(list((tmp_path / "f").glob("*.h5"))) == 3
     assert all(torch.equal(fit.scale(i, "2"), pyramid(i)["2"][0]) for i in fit.image_ids)

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from stages.lib import files, shards
+from stages.lib.features import SHARD_IMAGES, Shard, shards_of
 from stages.lib.params import InputError
-from stages.lib.shards import IMAGES, Shard, map_in_memory, map_shards, shards_of, unfinished
+from stages.lib.shards import map_in_memory, map_shards, unfinished
 
-SHARDS = shards_of({"fit": range(3 * IMAGES + 5), "test": range(100, 100 + IMAGES)})
+SHARDS = shards_of({"fit": range(3 * SHARD_IMAGES + 5), "test": range(100, 100 + SHARD_IMAGES)})
 
 
 def load(pause: float = 0.0, log: Path | None = None) -> Callable[[Shard, Path], None]:
@@ -49,8 +50,8 @@ def no_cluster(monkeypatch) -> None:
 
 
 def test_every_image_is_in_one_shard_of_at_most_so_many():
-    assert [len(shard.image_ids) for shard in SHARDS] == [IMAGES] * 3 + [5, IMAGES]
-    assert [i for s in SHARDS if s.split == "fit" for i in s.image_ids] == list(range(3 * IMAGES + 5))
+    assert [len(shard.image_ids) for shard in SHARDS] == [SHARD_IMAGES] * 3 + [5, SHARD_IMAGES]
+    assert [i for s in SHARDS if s.split == "fit" for i in s.image_ids] == list(range(3 * SHARD_IMAGES + 5))
     assert shards_of({"fit": [3, 1, 2]}) == [Shard("fit", 0, [1, 2, 3])]
 
 

@@ -119,7 +119,7 @@ def label_aware(test: Curves, fit: dict) -> dict[str, Choose]:
 
 def column(fit: dict, model: str, name: str) -> np.ndarray:
     """One number of each scale from `fit_scales` -> [5], or [5, K]."""
-    return np.array([fit[model][scale][name] for scale in SCALES])
+    return np.array([fit[model][scale][name] for scale in SCALES], float)
 
 
 def uniform(k: int, n: int) -> np.ndarray:

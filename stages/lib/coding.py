@@ -19,14 +19,13 @@ from torch import Tensor
 
 from stages.lib import bitstream
 from stages.lib.elic import Elic
-from stages.lib.features import Features
+from stages.lib.features import SHARD_IMAGES, Features
 from stages.lib.files import atomic, create_h5, open_h5, write_array
 from stages.lib.hevc import Hevc
 from stages.lib.learned import Family, LearnedCodec
 from stages.lib.models import DEVICE, load_weights, published_state, read_checkpoint
 from stages.lib.params import SCALES, InputError
 from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
-from stages.lib.shards import IMAGES
 from stages.lib.tcm import LicTcm
 
 RANGE_BYTES = 4  # of a record
@@ -238,7 +237,7 @@ class CodedSplit:
 
     def __init__(self, path: Path, features: Features):
         self._path, self._features = path, features
-        self._row = {image_id: n % IMAGES for n, image_id in enumerate(features.image_ids)}
+        self._row = {image_id: n % SHARD_IMAGES for n, image_id in enumerate(features.image_ids)}
 
     def records(self, image_id: int) -> list[bytes]:
         """The records of an image, scale by scale."""

@@ -1,15 +1,16 @@
 """Feature folders: pyramids and sizes of many images, in HDF5 shards, written and read one image at a time.
 
 index.csv           a row for each image: split, image_id and its sizes
-<split>-<n>.h5      a run of images of a split, in rising id (`shards.Shard`):
+<split>-<n>.h5      a run of images of a split, in rising id (a `Shard`):
   /<image_id>         attribute `sizes` [6]: original, resized, padded height and width
   /<image_id>/<scale> [C, H_s, W_s], float32, float16, or uint10: uint16 of 0..1023 with attribute `range`
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import hdf5plugin
@@ -21,11 +22,33 @@ from torch import Tensor
 from stages.lib.files import create_h5, open_h5, read_csv, write_array
 from stages.lib.models import Sizes, images_per_pass
 from stages.lib.params import SCALES, InputError
-from stages.lib.shards import IMAGES
 
+SHARD_IMAGES = 16  # of a shard
 BATCH = 8  # images of one size that pass the heads together, or fewer if they are large
 LEVELS = 1023  # of uint10
 INDEX = ["split", "image_id", *(f"{kind}_{side}" for kind in Sizes._fields for side in ("height", "width"))]
+
+
+class Shard(NamedTuple):
+    """A run of images of one split."""
+
+    split: str
+    number: int
+    image_ids: list[int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.number:05}"
+
+
+def shards_of(splits: dict[str, Sequence[int]]) -> list[Shard]:
+    """Image ids of every split -> shards, ids rising."""
+    shards = []
+    for split, image_ids in splits.items():
+        image_ids = sorted(image_ids)
+        starts = range(0, len(image_ids), SHARD_IMAGES)
+        shards += [Shard(split, number, image_ids[start : start + SHARD_IMAGES]) for number, start in enumerate(starts)]
+    return shards
 
 
 def write_shard(path: Path, items: Iterable[tuple[int, dict[str, Tensor], Sizes]], dtype: str) -> None:
@@ -78,7 +101,9 @@ class Features:
             raise InputError(f"{path}: has no split {split!r}; run `extract` again")
         self._sizes = {image_id: sizes_from(numbers) for _, image_id, *numbers in index.to_numpy().tolist()}
         self.image_ids = list(self._sizes)
-        self._file = {image_id: path / f"{split}-{n // IMAGES:05}.h5" for n, image_id in enumerate(self.image_ids)}
+        self._file = {
+            image_id: path / f"{split}-{n // SHARD_IMAGES:05}.h5" for n, image_id in enumerate(self.image_ids)
+        }
 
     def sizes(self, image_id: int) -> Sizes:
         return self._sizes[image_id]

@@ -15,7 +15,18 @@ import pandas as pd
 from scipy.optimize import curve_fit, minimize_scalar
 
 from stages.lib.files import read_csv, read_json
-from stages.lib.params import FLAGS, NUMBER, NUMBER_OR_NULL, SCALES, Having, InputError, numbers, whole
+from stages.lib.params import (
+    FLAGS,
+    NEGATIVE,
+    NUMBER,
+    NUMBER_OR_NULL,
+    POSITIVE,
+    SCALES,
+    Having,
+    InputError,
+    numbers,
+    whole,
+)
 
 BETA_RANGE = (-5.0, -0.01)
 BETA_GRID = 200  # starts of the search: the error has several minima in beta
@@ -148,7 +159,7 @@ def predicted_bits(bits: np.ndarray, rate: dict, precode: int) -> np.ndarray:
 
     exp(offset_sq) * bits**slope_sq, and never less than the quality below; those of the precoding are known.
     """
-    slope, offset = (np.array([rate[scale][name] for scale in SCALES]) for name in ("slope", "offset"))
+    slope, offset = (np.array([rate[scale][name] for scale in SCALES], float) for name in ("slope", "offset"))
     predicted = np.exp(offset + slope * np.log(bits)[:, :, None])
     predicted[:, :, precode] = bits
     above, below = predicted[:, :, precode:], predicted[:, :, precode::-1]
@@ -228,8 +239,8 @@ def read_fit(path: Path, k: int, *models: str) -> dict:
     Raises InputError that names the file where it is another's, or was fitted on another number of qualities.
     """
     of_scale = {
-        "power": {"alpha": NUMBER, "beta": NUMBER, "r2": NUMBER_OR_NULL, "flags": FLAGS},
-        "upstream": {"a": NUMBER, "b": NUMBER},
+        "power": {"alpha": POSITIVE, "beta": NEGATIVE, "r2": NUMBER_OR_NULL, "flags": FLAGS},
+        "upstream": {"a": POSITIVE, "b": NEGATIVE},
         "rate_phi": {"a": NUMBER, "b": NUMBER, "r2": NUMBER_OR_NULL},
         "mean": {"drop": numbers(k), "bits": numbers(k), "loss": numbers(k), "loss_skipped": numbers(1 + k)},
         "rate": {"slope": numbers(k), "offset": numbers(k), "error": numbers(k)},

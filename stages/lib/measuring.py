@@ -18,13 +18,12 @@ from stages.lib.accuracy import Matches, average_precision, bootstrap_weights, m
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.coding import CodedSplit, FeatureCodec, load_codec
-from stages.lib.features import Features
+from stages.lib.features import Features, Shard
 from stages.lib.files import create_h5, open_h5, read_csv, write_array
 from stages.lib.models import DEVICE, Asked, Variants, detect_variants, load_model
 from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED, InputError
 from stages.lib.prediction import NOTHING, Predictor
 from stages.lib.prediction import load as load_predictor
-from stages.lib.shards import Shard
 
 ACCURACY_NAMES = {"detection": "box AP", "segmentation": "mask AP", "keypoints": "keypoint AP"}
 LOSSES = ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]

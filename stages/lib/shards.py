@@ -25,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -34,33 +34,13 @@ from stages.lib.models import DEVICE
 from stages.lib.params import InputError
 from stages.lib.progress import progress
 
-IMAGES = 16  # of a shard
+if TYPE_CHECKING:
+    from stages.lib.features import Shard
+
 RETRIES = 5  # of a shard whose Ray node is lost
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Load = Callable[[], Callable[[Item], Result]]  # must be picklable where workers are no forks: on GPUs and on Ray
-
-
-class Shard(NamedTuple):
-    """A run of images of one split."""
-
-    split: str
-    number: int
-    image_ids: list[int]
-
-    @property
-    def name(self) -> str:
-        return f"{self.split}-{self.number:05}"
-
-
-def shards_of(splits: dict[str, Sequence[int]]) -> list[Shard]:
-    """Image ids of every split -> shards, ids rising."""
-    shards = []
-    for split, image_ids in splits.items():
-        image_ids = sorted(image_ids)
-        starts = range(0, len(image_ids), IMAGES)
-        shards += [Shard(split, number, image_ids[start : start + IMAGES]) for number, start in enumerate(starts)]
-    return shards
 
 
 def map_shards(
