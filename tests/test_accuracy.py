@@ -339,6 +339,17 @@ def test_results_are_cocos_dicts():
     assert torch.equal(detection["boxes"][0], torch.tensor([1.0, 2, 4, 8]))  # not changed
 
 
+def test_a_detection_of_a_label_without_object_is_wrong_whatever_its_mask():
+    truth, found = data_set("segmentation")
+    objects = {(a["image_id"], a["category_id"]) for a in truth.anns.values()}
+    nothing = rle.encode(np.zeros((SIZE, SIZE), np.uint8, order="F"))
+    alone = [(item["image_id"], item["category_id"]) not in objects for item in found]
+    without = [item | {"segmentation": nothing} if a else item for item, a in zip(found, alone, strict=True)]
+    assert 0 < sum(alone) < len(alone)
+    one, other = (match(truth, items, sorted(truth.imgs), "segmentation") for items in (found, without))
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_keypoints_without_known_sigmas_are_an_error():
     truth, found = data_set("keypoints")
     del truth.cats[5]["oks_sigmas"]

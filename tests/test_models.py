@@ -2,41 +2,52 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from artifacts import write_features
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pytest import approx
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import clip_boxes_to_image
 
-from stages.lib import detector_training, shapes
+from stages.lib import detector_training, models, shapes
 from stages.lib.detector_training import DetectionDataset, mirrored_order
 from stages.lib.features import Features
 from stages.lib.models import (
     Sizes,
+    Variants,
     build,
     detect,
+    detect_variants,
     load_model,
     load_weights,
     pyramid_of,
     read_checkpoint,
+    run_lengths,
     save_model,
 )
-from stages.lib.params import SCALES, TASKS, InputError
+from stages.lib.params import ARCHITECTURES, SCALES, TASKS, InputError
 
 PARAMS = {"architecture": "resnet10_fpn", "image_size": {"min": 64, "max": 96}}
 CLASSES, KEYPOINTS = 7, 7
 
 
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
+def random_model(architecture: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = build(PARAMS, CLASSES, KEYPOINTS)
+    model = build(PARAMS | {"architecture": architecture}, CLASSES, KEYPOINTS)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # features of a sensible size from random weights
-            module.running_var.fill_(0.3)
+            module.running_var.fill_(0.3 if architecture == "resnet10_fpn" else 2.0)
     model.roi_heads.score_thresh = 0.01
-    model.roi_heads.detections_per_img = 8
+    model.roi_heads.detections_per_img = 8 if architecture == "resnet10_fpn" else 4
     return model.eval().to(memory_format=torch.channels_last)  # as load_model: other layouts round otherwise
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return random_model("resnet10_fpn")
 
 
 def image(height: int, width: int) -> torch.Tensor:
@@ -108,19 +119,138 @@ def test_pyramids_in_one_batch_give_the_detections_that_each_gives_alone(model):
             assert torch.allclose(found[key], alone[key], atol=1e-3)
 
 
-def test_what_pyramids_have_in_common_passes_the_slow_heads_once(model):
+class Given(torch.nn.Module):
+    """In the place of a backbone: this pyramid, whatever the image."""
+
+    def __init__(self, pyramid: dict[str, torch.Tensor]):
+        super().__init__()
+        self.pyramid = pyramid
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.pyramid
+
+
+def variants_of(pyramids: list[dict[str, torch.Tensor]]) -> tuple[Variants, list[dict[str, torch.Tensor]], list[int]]:
+    """Pyramids of images -> for each itself, then one with another map of one scale, for every scale; which image."""
+    maps = {s: torch.cat([m for p in pyramids for m in (p[s], noisy(p[s]))]) for s in SCALES}
+    at = {s: [] for s in SCALES}
+    for k in range(len(pyramids)):
+        for changed in (None, *SCALES):
+            for s in SCALES:
+                at[s].append(2 * k + (s == changed))
+    each = [{s: maps[s][at[s][n], None] for s in SCALES} for n in range(len(at["0"]))]
+    return Variants(maps, at), each, [n // (1 + len(SCALES)) for n in range(len(each))]
+
+
+def noisy(maps: torch.Tensor, share: float = 0.2) -> torch.Tensor:
+    return maps + share * maps.std() * torch.randn(maps.shape, generator=torch.Generator().manual_seed(1))
+
+
+def whole(model: torch.nn.Module, picture: torch.Tensor, pyramid: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What torchvision's own model makes of a picture that has this pyramid."""
+    backbone, model.backbone = model.backbone, Given(pyramid)
+    with torch.inference_mode():
+        (found,) = model([picture])
+    model.backbone = backbone
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_variants_have_the_detections_of_torchvisions_own_model(architecture):
+    model, tasks = random_model(architecture), ARCHITECTURES[architecture]
+    pictures = [image(50, 70), image(49, 70)]  # resized to other sizes, padded to one
+    pyramids, sizes = zip(*(pyramid_of(model, picture) for picture in pictures), strict=True)
+    assert sizes[0].resized != sizes[1].resized and sizes[0].padded == sizes[1].padded
+    variants, each, image_of = variants_of(pyramids)
+    together = detect_variants(model, variants, [sizes[k] for k in image_of], [dict.fromkeys(tasks)] * len(each))
+    boxes = []
+    for found, k, pyramid in zip(together, image_of, each, strict=True):
+        expected = whole(model, pictures[k], pyramid)
+        assert torch.equal(found["labels"], expected["labels"]) and len(found["labels"]) > 0
+        assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-3)
+        assert torch.allclose(found["scores"], expected["scores"], atol=1e-5)
+        assert ("run_lengths" in found, "keypoints" in found) == ("segmentation" in tasks, "keypoints" in tasks)
+        if "segmentation" in tasks:
+            masks = torch.from_numpy(rle.decode(found["run_lengths"])).permute(2, 0, 1)
+            assert ((expected["masks"][:, 0] > 0.5) != masks).float().mean() < 1e-3
+        if "keypoints" in tasks:
+            assert torch.allclose(found["keypoints"], expected["keypoints"], atol=1e-2)
+        boxes.append(tuple(expected["boxes"].flatten().tolist()))
+    assert len(set(boxes)) >= 4  # noise is seen
+
+
+def test_passes_of_any_size_give_the_same_detections(model, monkeypatch):
     pyramid, sizes = pyramid_of(model, image(64, 64))
-    seen = []
-    heads = model.roi_heads.mask_head, model.roi_heads.keypoint_head
-    hooks = [head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0]))) for head in heads]
-    (once,) = detect(model, pyramid, [sizes], set(TASKS))
-    regions = len(once["boxes"])
-    assert seen == [regions] * 2 and regions > 0
-    twice = detect(model, {s: torch.cat([v, v]) for s, v in pyramid.items()}, [sizes] * 2, set(TASKS))
-    assert seen == [regions] * 4
-    assert_same(twice[0], twice[1])
+    variants, each, _ = variants_of([pyramid])
+    args = model, variants, [sizes] * len(each), [dict.fromkeys(TASKS)] * len(each)
+    expected = detect_variants(*args)
+    monkeypatch.setattr(models, "PIXELS_PER_PASS", 1)
+    monkeypatch.setattr(models, "REGIONS_PER_PASS", 3)
+    for found, same in zip(detect_variants(*args), expected, strict=True):
+        assert torch.equal(found["labels"], same["labels"])
+        for key in ("boxes", "scores", "keypoints"):
+            assert torch.allclose(found[key], same[key], atol=1e-3)
+
+
+def test_what_variants_have_in_common_passes_the_heads_once(model):
+    pyramid, sizes = pyramid_of(model, image(64, 64))
+    changed = pyramid | {"1": noisy(pyramid["1"], 0.8)}
+    parts = model.rpn.head.conv, model.roi_heads.box_head, model.roi_heads.mask_head, model.roi_heads.keypoint_head
+    seen = [0] * len(parts)
+
+    def count(k: int):
+        def hook(_, args):
+            seen[k] += len(args[0])
+
+        return hook
+
+    hooks = [part.register_forward_pre_hook(count(k)) for k, part in enumerate(parts)]
+
+    def passed(maps: dict[str, torch.Tensor], of_scale_1: list[int]) -> list[int]:
+        seen[:] = [0] * len(parts)
+        at = {s: of_scale_1 if s == "1" else [0] * len(of_scale_1) for s in SCALES}
+        detect_variants(model, Variants(maps, at), [sizes] * len(of_scale_1), [dict.fromkeys(TASKS)] * len(of_scale_1))
+        return seen.copy()
+
+    one, other = passed(pyramid, [0]), passed(changed, [0])
+    assert one[0] == len(SCALES) and min(one) > 0
+    assert passed(pyramid, [0, 0, 0]) == one
+    both = passed(pyramid | {"1": torch.cat([pyramid["1"], changed["1"]])}, [1, 0, 1])
+    assert both[0] == len(SCALES) + 1
+    assert all(max(a, b) < ab < a + b for a, b, ab in zip(one[1:], other[1:], both[1:], strict=True))
     for hook in hooks:
         hook.remove()
+
+
+def test_each_variant_has_what_its_own_tasks_ask_for(model):
+    pyramid, sizes = pyramid_of(model, image(64, 64))
+    variants = Variants(pyramid, {s: [0] * 4 for s in SCALES})
+    (label, *_) = detect(model, pyramid, [sizes], {"detection"})[0]["labels"].tolist()
+    asked = [{"detection": None}, {"segmentation": {label}}, {"keypoints": set()}, dict.fromkeys(TASKS)]
+    boxes, masks, keypoints, everything = detect_variants(model, variants, [sizes] * 4, asked)
+    (expected,) = detect(model, pyramid, [sizes], set(TASKS))
+    assert set(boxes) == {"boxes", "labels", "scores"} == set(masks) - {"run_lengths"} == set(keypoints) - {"keypoints"}
+    assert torch.equal(everything["keypoints"], expected["keypoints"]) and not keypoints["keypoints"].any()
+    whole_masks = torch.from_numpy(rle.decode(everything["run_lengths"])).permute(2, 0, 1)
+    assert torch.equal(whole_masks.bool(), expected["masks"][:, 0] > 0.5)
+    chosen, nothing = everything["labels"] == label, rle.encode(np.zeros((64, 64), np.uint8, order="F"))
+    assert 0 < chosen.sum() < len(chosen)
+    for code, full, c in zip(masks["run_lengths"], everything["run_lengths"], chosen, strict=True):
+        assert code == (full if c else nothing)
+
+
+def test_run_lengths_are_those_of_torchvisions_pasted_masks():
+    torch.manual_seed(0)
+    corners, size = 60 * torch.rand(40, 2) - 10, (40, 50)
+    boxes = torch.cat([corners, corners + 30 * torch.rand(40, 2)], 1)
+    boxes[0], boxes[1] = torch.tensor([0.0, 0, 50, 40]), torch.tensor([7.3, 9.1, 7.3, 9.1])
+    boxes = clip_boxes_to_image(boxes, size)  # as they are when masks are pasted
+    masks = torch.rand(40, 1, 28, 28)
+    masks[2] = 0
+    pasted = paste_masks_in_image(masks, boxes, size)[:, 0] > 0.5
+    expected = rle.encode(np.asfortranarray(pasted.permute(1, 2, 0).numpy(), dtype=np.uint8))
+    assert run_lengths(masks, boxes, size) == expected
+    assert run_lengths(masks[:0], boxes[:0], size) == []
 
 
 def test_images_of_other_original_sizes_share_a_pass(model):

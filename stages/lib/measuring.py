@@ -41,7 +41,7 @@ class Truths(NamedTuple):
     person_ids: set[int]
 
     def labels(self, image_id: int) -> Asked:
-        """Task -> the labels of the image's objects: of another label a detection is wrong, whatever its mask is."""
+        """Task -> the labels of the image's objects: of other labels a detection is wrong, whatever its mask."""
         return {task: {a["category_id"] for a in coco.imgToAnns[image_id]} for task, coco in self.coco.items()}
 
 

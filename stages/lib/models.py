@@ -52,6 +52,7 @@ class Sizes(NamedTuple):
 
 
 def images_per_pass(sizes: Sizes) -> int:
+    """How many images of this size, or maps of one scale, pass the heads together."""
     return max(1, PIXELS_PER_PASS // math.prod(sizes.padded))
 
 
@@ -255,10 +256,7 @@ def detect(
 
 @torch.inference_mode()
 def detect_variants(
-    model: nn.Module,
-    variants: Variants,
-    sizes: list[Sizes],
-    tasks: list[Asked],
+    model: nn.Module, variants: Variants, sizes: list[Sizes], tasks: list[Asked]
 ) -> list[dict[str, Any]]:
     """`detect`, each variant for tasks of its own; what follows from equal maps is computed once.
 
@@ -323,8 +321,7 @@ def _among(labels: Tensor, ids: set[int] | None) -> Tensor:
 def _proposals(rpn: RegionProposalNetwork, variants: Variants, sizes: list[Sizes]) -> list[Tensor]:
     """torchvision's proposals of each variant, N times [n, 4], by falling score.
 
-    Its network and its filter treat every scale for itself, up to the choice of the best of all: so they see each map
-    once.
+    Until it chooses the best of all scales torchvision treats each for itself: so every map is seen once.
     """
     height, width = sizes[0].padded
     # Of the images it reads only the shapes.
@@ -341,8 +338,7 @@ def _proposals(rpn: RegionProposalNetwork, variants: Variants, sizes: list[Sizes
         for start in range(0, len(maps), at_once):
             part = slice(start, start + at_once)
             logits, deltas = concat_box_prediction_layers(*rpn.head([maps[part]]))
-            boxes = rpn.box_coder.decode(deltas, [of_scale] * len(maps[part]))
-            boxes = boxes.view(-1, len(of_scale), 4)
+            boxes = rpn.box_coder.decode(deltas, [of_scale] * len(maps[part])).view(-1, len(of_scale), 4)
             best[scale] += zip(*rpn.filter_proposals(boxes, logits, shapes[part], [len(of_scale)]), strict=True)
     proposals = []
     for n in range(len(sizes)):
@@ -361,9 +357,9 @@ def _of_regions(
 ) -> list[Tensor]:
     """`head` of regions [R, C, h, w], their boxes and labels -> what it gives for the boxes of each variant.
 
-    Boxes are equal, and computed once, if their labels and the map are that they are pooled from.
+    Equal boxes of one label, pooled from one map, are computed once.
     """
-    maps = [variants.maps[scale] for scale in pool.featmap_names]
+    maps = [variants.maps[scale].contiguous() for scale in pool.featmap_names]  # RoIAlign would copy them in each pass
     if pool.map_levels is None:
         pool(variants.maps, [boxes[0][:0]], shapes)  # infers it, and its scales, when it first pools
     levels, counts = pool.map_levels(boxes), torch.tensor([len(b) for b in boxes])
@@ -373,10 +369,10 @@ def _of_regions(
     distinct, index = keys.unique(dim=0, return_inverse=True)
     outputs = []
     for part in distinct.split(REGIONS_PER_PASS):
-        regions = [
+        regions = [  # in the order of `part`, which is sorted by level
             roi_align(maps[k], part[part[:, 0] == k, 1:6], pool.output_size, scale, pool.sampling_ratio)
             for k, scale in enumerate(pool.scales)
-        ]  # `part` is sorted by level
+        ]
         outputs.append(head(torch.cat(regions), part[:, 2:6], part[:, 6].long()))
     output = torch.cat(outputs)
     return [output[rows] for rows in index.split(counts.tolist())]
