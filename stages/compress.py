@@ -7,7 +7,7 @@ from pathlib import Path
 from stages.lib.coding import compress_shard, load_codec, read_ledger
 from stages.lib.features import Features, Shard, shards_of
 from stages.lib.files import atomic, write_csv
-from stages.lib.params import entry, load_params
+from stages.lib.params import InputError, entry, load_params
 from stages.lib.shards import map_shards, publish, unfinished
 
 
@@ -25,7 +25,13 @@ def compressor(features: Path, codec: Path, lmbda: float) -> Callable[[Shard, Pa
     """What codes the images of a shard."""
     parts = {split: Features(features, split) for split in ("fit", "test")}
     feature_codec = load_codec(codec)
-    level = feature_codec.codec.level(lmbda)
+    level, fit = feature_codec.codec.level(lmbda), parts["fit"]
+    channels = len(fit.scale(fit.image_ids[0], "pool"))
+    if channels != feature_codec.channels:
+        raise InputError(
+            f"{codec}: made for pyramids of {feature_codec.channels} channels, {features} has {channels}; "
+            "run `train_codec` again"
+        )
 
     def compress(shard: Shard, path: Path) -> None:
         compress_shard(path, parts[shard.split], shard.image_ids, feature_codec, level)

@@ -17,6 +17,7 @@ from stages.lib import ablation, ablation_tables, figures, mfip, sizes, tables
 from stages.lib.ablation import ROWS, SEES_LABELS, Senses, rate_control, variants
 from stages.lib.accuracy import Matches, average_precision, merge
 from stages.lib.allocation import Importance, allocate, allocation_table, column, mean_bits_per_image
+from stages.lib.files import read_csv, write_csv
 from stages.lib.loss_rate import Curves, fit_scales, mean_loss, predicted_bits, sensitivity_labels
 from stages.lib.measuring import Choices
 from stages.lib.params import SCALES, SKIPPED, InputError, check_params
@@ -394,7 +395,9 @@ def test_the_report_says_of_each_variant_what_it_is_saves_and_lacks(tmp_path, te
     assert found.loc["bits_mean", "difference"] == approx(-20) and np.isnan(found.loc["mfiba", "difference"])
     assert found.loc["coded_pool_skip", "difference"] == approx(0)  # of mfiba_skip, which is no better
     assert found.loc["mfiba_skip", "difference"] == approx(-20)
-    rates = rate_control(test.bits, model, np.ones(test.pixels.shape), PRECODE, 6, 0)
+    path = tmp_path / "rate_control.csv"
+    write_csv(path, rate_control(test.bits, model, np.ones(test.pixels.shape), PRECODE, 6, 0))
+    rates = read_csv(path, report.ABLATION["rate_control"])
     written = ablation_tables.ablation_tables(table, {"detection-elic": size_rows()}, {"detection-elic": rates})
     markdown, latex = tables.markdown(written), tables.latex(written, "ablation")
     for part, names in ROWS.items():

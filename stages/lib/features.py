@@ -95,8 +95,8 @@ class Features:
         self.path, self.split = path, split
         if not (path / "index.csv").is_file():
             raise InputError(f"{path}: is no folder of features (index.csv is missing); run `extract` again")
-        index = read_csv(path / "index.csv")
-        index = index[index["split"] == split].sort_values("image_id")
+        index = read_csv(path / "index.csv", INDEX)
+        index = index.loc[index["split"] == split, INDEX].sort_values("image_id")
         if index.empty:
             raise InputError(f"{path}: has no split {split!r}; run `extract` again")
         self._sizes = {image_id: sizes_from(numbers) for _, image_id, *numbers in index.to_numpy().tolist()}

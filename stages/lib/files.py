@@ -17,9 +17,9 @@ from PIL import Image
 from stages.lib.params import InputError, check
 
 PICTURES = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # others can be programs, as EPS is
-TEXTS = {  # columns of tables, any table; the others hold numbers
+TEXTS = {  # columns of tables, any table or one; the others hold numbers
     *("task", "codec", "method", "split", "scale", "accuracy_name", "kind", "size", "name", "quantity"),
-    *("part", "description", "sees_labels", "reference"),
+    *("part", "description", "sees_labels", "reference", "rate_control.bits"),
 }
 
 
@@ -95,7 +95,7 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
     for column in columns:
         if column not in frame:
             raise InputError(f"{path} has no column {column!r}; {again}")
-        if column not in TEXTS:
+        if not {column, f"{path.stem}.{column}"} & TEXTS:
             numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
             bad = frame[column].notna() & ~np.isfinite(numbers)
             if bad.any():

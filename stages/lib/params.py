@@ -89,8 +89,8 @@ class Section(dict):
 
 
 def is_number(value: Any) -> bool:
-    """Finite, and no more than a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Finite; a whole one has 64 bits, as numpy's."""
+    return math.isfinite(value) if isinstance(value, float) else is_whole(value) and abs(value) < 2**63
 
 
 def is_whole(value: Any) -> bool:
