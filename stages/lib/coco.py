@@ -284,9 +284,9 @@ def _check_file_names(folder: Path, path: Path, images: Iterable[Item]) -> None:
     home = os.path.realpath(folder)
     for image in images:
         name = image["file_name"]
-        inside = name.isprintable() and ".." not in PurePath(name).parts and not PurePath(name).is_absolute()
+        inside = ".." not in PurePath(name).parts and not PurePath(name).is_absolute()
         if not inside or not Path(os.path.realpath(folder / name)).is_relative_to(home):  # its links may form a loop
-            raise _bad(path, "images", image, "file_name", f"it must lie in {folder}, and be printable")
+            raise _bad(path, "images", image, "file_name", f"it must lie in {folder}")
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such image, but {path} lists it; add the file")
 

@@ -15,7 +15,18 @@ import pandas as pd
 from scipy.optimize import curve_fit, minimize_scalar
 
 from stages.lib.files import read_csv, read_json
-from stages.lib.params import FLAGS, NUMBER, NUMBER_OR_NULL, SCALES, Having, InputError, numbers, whole
+from stages.lib.params import (
+    FLAGS,
+    NEGATIVE,
+    NUMBER,
+    NUMBER_OR_NULL,
+    POSITIVE,
+    SCALES,
+    Having,
+    InputError,
+    numbers,
+    whole,
+)
 
 BETA_RANGE = (-5.0, -0.01)
 BETA_GRID = 200  # starts of the search: the error has several minima in beta
@@ -228,8 +239,8 @@ def read_fit(path: Path, k: int, *models: str) -> dict:
     Raises InputError that names the file where it is another's, or was fitted on another number of qualities.
     """
     of_scale = {
-        "power": {"alpha": NUMBER, "beta": NUMBER, "r2": NUMBER_OR_NULL, "flags": FLAGS},
-        "upstream": {"a": NUMBER, "b": NUMBER},
+        "power": {"alpha": POSITIVE, "beta": NEGATIVE, "r2": NUMBER_OR_NULL, "flags": FLAGS},
+        "upstream": {"a": POSITIVE, "b": NEGATIVE},
         "rate_phi": {"a": NUMBER, "b": NUMBER, "r2": NUMBER_OR_NULL},
         "mean": {"drop": numbers(k), "bits": numbers(k), "loss": numbers(k), "loss_skipped": numbers(1 + k)},
         "rate": {"slope": numbers(k), "offset": numbers(k), "error": numbers(k)},

@@ -89,8 +89,8 @@ class Section(dict):
 
 
 def is_number(value: Any) -> bool:
-    """Finite, and no more than a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Finite; a whole one has 64 bits, as numpy's."""
+    return math.isfinite(value) if isinstance(value, float) else is_whole(value) and abs(value) < 2**63
 
 
 def is_whole(value: Any) -> bool:
@@ -98,7 +98,7 @@ def is_whole(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != ""
+    return isinstance(value, str) and value.strip() != "" and value.isprintable()
 
 
 def whole(least: int, multiple_of: int = 1, most: int = LARGEST) -> Check:
@@ -115,7 +115,8 @@ NUMBER = Check(is_number, "a finite number")
 POSITIVE = Check(lambda value: is_number(value) and value > 0, "a number above 0 (an exponent needs a point: 1.0e-3)")
 SHARE = Check(lambda value: is_number(value) and 0 < value < 1, "a number between 0 and 1")
 NUMBER_OR_NULL = Check(lambda value: value is None or is_number(value), "a finite number or null")
-TEXT = Check(_is_text, "a text")
+NEGATIVE = Check(lambda value: is_number(value) and value < 0, "a number below 0")
+TEXT = Check(_is_text, "a text that can be printed")
 TEXT_OR_NULL = Check(lambda value: value is None or _is_text(value), "a text or null")
 NAME = Check(
     lambda name: isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
