@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 from stages.lib.allocation import read_importance
-from stages.lib.coco import ground_truth, image_path, load_split
+from stages.lib.coco import image_path, load_split
 from stages.lib.coding import load_codec
 from stages.lib.examples import Cell, illustrate, write_picture
 from stages.lib.features import Features
-from stages.lib.files import atomic, read_json
-from stages.lib.loss_rate import read_curves
-from stages.lib.measuring import decoder, truths
+from stages.lib.files import atomic
+from stages.lib.loss_rate import read_curves, read_fit
+from stages.lib.measuring import decoder, read_truths
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params, precode_of, tasks_of
 from stages.lib.prediction import load as load_predictor
@@ -38,14 +38,14 @@ def main(
     for task in tasks:
         curves = read_curves(coded, losses, uncoded, qualities, task, "test")
         predicted = read_importance(importance / f"{task}.csv", "test", curves.image_ids)
-        cells[task] = Cell(curves, read_json(loss_rate / f"{task}.json"), predicted)
+        cells[task] = Cell(curves, read_fit(loss_rate / f"{task}.json", len(qualities)), predicted)
     illustrations = illustrate(
         load_model(weights, params["models"][model]),
         test,
         decoder(test, coded, qualities, load_codec(codec)),
         load_predictor(prediction),
         cells,
-        truths({task: ground_truth(part, task) for task in tasks}),
+        read_truths(splits, "test", tasks),
         precode_of(params),
     )
     shown = {example["image_id"] for found in illustrations.values() for example in found["examples"]}

@@ -435,8 +435,8 @@ IN_IMAGES = [
     (folder(FIRST), "0001.png: no such image"),
     (image("file_name", "../val2017/0005.png"), "file_name is '../val2017/0005.png': it must lie in"),
     (image("file_name", "/etc/hostname"), "file_name is '/etc/hostname': it must lie in"),
-    (image("file_name", "0001.png\0"), "file_name is '0001.png\\x00': it must lie in ... and be printable"),
-    (image("file_name", "0\ud800"), "file_name is '0\\ud800': it must lie in ... and be printable"),
+    (image("file_name", "0001.png\0"), "file_name is '0001.png\\x00': it must be a text that can be printed"),
+    (image("file_name", "0\ud800"), "file_name is '0\\ud800': it must be a text that can be printed"),
     (image("file_name", 9 * "0 long name"), "0 long name: no such image"),
     (image("file_name", 99 * "0 long name"), "0 long name: File name too long"),
     (link(FIRST, "/etc/hostname"), "file_name is '0001.png': it must lie in"),
@@ -472,7 +472,10 @@ IN_WEIGHTS = [
     (pth("a.pth", text("a.pth", "weights")), "a.pth: holds no state dict of tensors"),
     (pth("a.pth", saved(lambda state: [1], "a.pth")), "a.pth: holds no state dict of tensors"),
     (params("models.small.weights", "COCO_V1"), "models.small.weights is 'COCO_V1': torchvision has no such weights"),
-    (params("models.small.weights", "no\0file.pt"), "file.pt: weights are missing"),
+    (
+        params("models.small.weights", "no\0file.pt"),
+        "models.small.weights is 'no\\x00file.pt': it must be",
+    ),
 ]
 IN_SPLITS = [
     (gone(SPLITS), "splits.json: No such file or directory; give another path"),

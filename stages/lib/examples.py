@@ -31,10 +31,10 @@ from stages.lib.bound import additive_loss, bits_at
 from stages.lib.features import Features
 from stages.lib.loss_rate import Curves, importance_labels
 from stages.lib.measuring import Pyramid, Truths, joint_results
+from stages.lib.models import Asked
 from stages.lib.params import SCALES
 from stages.lib.prediction import Predictor
-from stages.lib.progress import progress
-from stages.lib.shards import map_shards
+from stages.lib.shards import map_in_memory
 
 METHOD = "mfiba_skip"  # what is shown beside uniform
 KINDS = ("best", "typical", "worst")
@@ -51,6 +51,12 @@ class Cell(NamedTuple):
     curves: Curves  # of test
     fit: dict  # of `fit_scales`
     importance: Importance  # predicted, of the images of `curves`
+
+
+class Everything(Truths):
+    def labels(self, image_id: int) -> Asked:
+        """Of all labels: a detection of what is not there is shown with its mask, though it would be wrong with any."""
+        return dict.fromkeys(self.coco)
 
 
 class Choices(NamedTuple):
@@ -130,13 +136,12 @@ def illustrate(
                 at = matched(anchor.bits, method.bits)
                 phi = np.concatenate([np.full((1, len(SCALES)), len(anchor.bits)), anchor.phi, method.phi[at]])
                 variants = [(image_id, tuple(p)) for p in phi.tolist()]
-                found = joint_results(
-                    detector, decoded, predictor, [image_id], features, truth, task, sorted(set(variants))
-                )
+                args = detector, decoded, predictor, [image_id], features, Everything(*truth)
+                found = joint_results(*args, dict.fromkeys(variants, {task}))[task]
                 shown[task] = _example(cell, row, phi, [found[v] for v in variants], truth.coco[task], task)
         return shown
 
-    shown = dict(zip(wanted, progress(map_shards(show, wanted), "illustrate", len(wanted)), strict=True))
+    shown = dict(zip(wanted, map_in_memory(lambda: show, wanted, "illustrate"), strict=True))
     return {
         task: {
             "method": METHOD,
