@@ -9,6 +9,7 @@ Ours also measures what a receiver predicts in the place of scales that are not 
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
@@ -27,11 +28,14 @@ from torch import Tensor, nn
 from stages.lib import measuring
 from stages.lib.accuracy import match_variants, results
 from stages.lib.benchmarking import timings
+from stages.lib.coco import image_path, load_split
+from stages.lib.coding import load_codec
 from stages.lib.features import Features, write_index, write_shard
-from stages.lib.measuring import Pyramid, Truths, single_scale_losses, truths, uncoded_accuracies
-from stages.lib.models import DEVICE, build, pyramid_of
+from stages.lib.measuring import Pyramid, Truths, read_truths, single_scale_losses, truths, uncoded_accuracies
+from stages.lib.models import DEVICE, build, load_model, pyramid_of, read_image
 from stages.lib.params import ARCHITECTURES, COARSER, SCALES, TASKS
 from stages.lib.prediction import Predictor
+from stages.lib.prediction import load as load_predictor
 
 KEY = ["task", "quality", "scale", "image_id"]
 SPLIT = "test"
@@ -141,7 +145,34 @@ def plain_losses(case: Case, found: dict[str, list[list[dict]]]) -> pd.DataFrame
     return pd.DataFrame(rows, columns=[*KEY, "coded", "loss"])
 
 
-# ---- a case of COCO's size, without COCO
+# ---- cases
+
+
+def profile_case(
+    data: Path, model: str, codec: str, described: dict[str, Any], qualities: list[str], count: int
+) -> tuple[Case, float]:
+    """The first images of a profile's `test`, and the seconds that decoding them took."""
+    splits, features = data / "dataset/splits.json", Features(data / "features" / model, "test")
+    image_ids, part = features.image_ids[:count], load_split(splits, "test")
+    decode = measuring.decoder(
+        features, data / "coded" / model / codec, qualities, load_codec(data / "codecs" / model / f"{codec}.pt")
+    )
+    decoded: dict[str, dict[int, Pyramid]] = {quality: {} for quality in qualities}
+    start = time.perf_counter()
+    for batch in features.batches(image_ids):
+        *pyramids, _ = decode(batch)
+        for quality, pyramid in zip(qualities, pyramids, strict=True):
+            decoded[quality] |= {i: {s: m[k : k + 1] for s, m in pyramid.items()} for k, i in enumerate(batch)}
+    seconds = time.perf_counter() - start
+    case = Case(
+        load_model(data / "models" / f"{model}.pt", described),
+        features,
+        {i: read_image(image_path(part, i)) for i in image_ids},
+        decoded,
+        load_predictor(data / "predictions" / f"{model}.pt"),
+        read_truths(splits, "test", described["tasks"]),
+    )
+    return case, seconds
 
 
 def random_case(folder: Path, architecture: str, size: tuple[int, int], count: int, steps: dict[str, float]) -> Case:
