@@ -219,7 +219,8 @@ def table(report: dict[str, Any]) -> str:
         ("Losses of one coded scale", of_measuring, [_measuring_row(case) for case in report["measuring"]]),
         ("Growth", of_growth, [_growth_row(stage, many / few) for stage in grown["stages"]]),
     )
-    parts = [f"{title}\n\n{tabulate(*of, tablefmt='github', disable_numparse=True)}" for title, *of in tables]
+    grid = partial(tabulate, tablefmt="github", disable_numparse=True)
+    parts = [f"{title}\n\n{grid(rows, head)}" for title, head, rows in tables]
     return "\n\n".join([*parts, f"Peak of a process that does nothing: {grown['before_mib']:.0f} MiB.", facts])
 
 
