@@ -1,13 +1,15 @@
-"""Points, resamples and models of every cell -> rd_points.csv, bd_rate.csv, metrics, tables and figures."""
+"""Points, resamples and models of every cell -> rd_points.csv, bd_rate.csv, metrics, tables, figures and the page."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from stages.lib import ablation_tables, bound_tables, figures, tables
+from stages.lib import ablation_tables, bound_tables, figures, page, tables
+from stages.lib.allocation import Importance, read_importance
 from stages.lib.files import atomic, read_csv, read_json, write_csv, write_json
-from stages.lib.loss_rate import read_fit
+from stages.lib.loss_rate import Curves, read_curves, read_fit
 from stages.lib.params import FLAGS, NUMBER, NUMBER_OR_NULL, SCALES, Having, InputError, entry, load_params
 from stages.lib.references import reported
 
@@ -26,7 +28,8 @@ RD_POINTS = [
 RESAMPLES = ["method", "point", "resample", "bits_per_image", "accuracy"]
 ADDITIVITY = ["image_id", "kind", "bits", "joint", "mirrored", "additive"]
 ENUMERATION = ["image_id", "lambda_prime", "additive", "descent", "optimum"]
-
+# What the page is made from, under `data`; with reports/codecs the dependencies of this stage.
+INPUTS = ("coded", "evaluations", "illustrations", "loss_rate", "losses", "mfip")
 
 ABLATION = {  # file of `ablate` -> its columns
     "points": RD_POINTS,
@@ -54,6 +57,9 @@ class Cell(NamedTuple):
     weights: pd.DataFrame  # split, image_id, scale, weight, sensitivity: predicted
     mfip: dict  # numbers of `train_mfip`
     pixels: dict[str, float]  # mean over fit of the plane's pixels of each scale
+    test: Curves
+    predicted: Importance  # of the images of `test`
+    examples: dict  # of `illustrate`
 
 
 def main(data: Path, reports: Path) -> None:
@@ -65,10 +71,8 @@ def main(data: Path, reports: Path) -> None:
     }
     points = pd.concat([cell.points for cell in cells.values()], ignore_index=True)
     coders = sorted({(cell["model"], cell["codec"]) for cell in params["cells"].values()})
-    curves = {
-        (model, codec): tables.rate_distortion(read_ledgers(data / "coded" / model / codec, qualities))
-        for model, codec in coders
-    }
+    ledgers = {coder: read_ledgers(data.joinpath("coded", *coder), qualities) for coder in coders}
+    curves = {coder: tables.rate_distortion(lines) for coder, lines in ledgers.items()}
     bounds = {
         (cell["task"], cell["codec"]): read_bound(data / "evaluations/studies" / name / "bound")
         for name, cell in params["studies"].items()
@@ -107,6 +111,24 @@ def main(data: Path, reports: Path) -> None:
     for (task, codec), study in bounds.items():
         parts = bound_tables.parts_of(study.additivity)
         figures.additivity_figure(reports / "figures" / f"additivity_{task}_{codec}", task, codec, parts)
+    content = page.common(list(points["method"].unique()), qualities) | {
+        "cells": [
+            page.cell(*cell[:2], found.bd, cell.fit, cell.pixels, cell.test, cell.predicted, theirs.of(*key))
+            for (key, cell), found in zip(cells.items(), compared, strict=True)
+        ],
+        "ledgers": {f"{model}, {codec}": page.ledger(lines) for (model, codec), lines in ledgers.items()},
+        "sizes": {study: table.to_dict("records") for study, table in sizes.items()},
+        "additivity": {
+            f"{task}, {codec}": page.additivity(study.additivity) for (task, codec), study in bounds.items()
+        },
+        "examples": [cell.examples for cell in cells.values()],
+        "pictures": read_pictures(data / "illustrations", params["cells"].values(), cells),
+        "costs": page.costs(reports / "benchmark.json"),
+        "provenance": page.provenance(
+            params, Path("dvc.lock"), [*(data / name for name in INPUTS), reports / "codecs"]
+        ),
+    }
+    write_text(reports / "index.html", page.document(content))
 
 
 def read_cell(data: Path, model: str, codec: str, task: str, qualities: list[str]) -> Cell:
@@ -120,13 +142,28 @@ def read_cell(data: Path, model: str, codec: str, task: str, qualities: list[str
     if set(pixels.index) != set(SCALES):
         raise InputError(f"{ledger}: split 'fit' lacks a scale; run compress again")
     fit = read_fit(data / "loss_rate" / place / f"{task}.json", len(qualities))
-    weights = _read(data / "mfip" / place / f"{task}.csv", ["split", "image_id", "scale", "weight", "sensitivity"])
+    importance = data / "mfip" / place / f"{task}.csv"
+    weights = _read(importance, ["split", "image_id", "scale", "weight", "sensitivity"])
     mfip = read_json(data / "mfip" / place / f"{task}.json", MFIP)
-    return Cell(points, resamples, fit, weights, mfip, pixels.reindex(SCALES).to_dict())
+    losses = data / "losses" / place, data / "losses" / model / "uncoded.csv"
+    test = read_curves(data / "coded" / place, *losses, qualities, task, "test")
+    predicted = read_importance(importance, "test", test.image_ids)
+    examples = read_json(data / "illustrations" / place / f"{task}.json")
+    return Cell(points, resamples, fit, weights, mfip, pixels.reindex(SCALES).to_dict(), test, predicted, examples)
 
 
 def read_ledgers(folder: Path, qualities: list[str]) -> list[pd.DataFrame]:
-    return [_read(folder / f"{quality}.csv", ["split", "scale", "bits", "mse_feature"]) for quality in qualities]
+    columns = ["split", "scale", "bits", "mse_feature", *page.LEDGER]
+    return [_read(folder / f"{quality}.csv", columns) for quality in qualities]
+
+
+def read_pictures(folder: Path, places: Iterable[dict[str, str]], cells: dict[tuple[str, str], Cell]) -> dict[int, str]:
+    """Image id -> the picture of each example of the cells."""
+    return {
+        example["image_id"]: page.picture(folder / place["model"] / place["codec"] / f"{example['image_id']}.webp")
+        for place in places
+        for example in cells[place["task"], place["codec"]].examples["examples"]
+    }
 
 
 def read_bound(folder: Path) -> bound_tables.Study:

@@ -58,7 +58,8 @@ def test_every_stage_of_the_pipeline_was_run(folder: Path) -> None:
     of_model = ("train_model", "extract", "fit_prediction", "measure_uncoded")
     expected |= {f"{name}@{model}" for name in of_model for model in params["models"]}
     pairs = [f"{model}-{codec}" for model in params["models"] for codec in params["codecs"]]
-    expected |= {f"{name}@{pair}" for name in ("train_codec", "measure", "train_mfip", "evaluate") for pair in pairs}
+    of_pair = ("train_codec", "measure", "train_mfip", "evaluate", "illustrate")
+    expected |= {f"{name}@{pair}" for name in of_pair for pair in pairs}
     expected |= {f"compress@{pair}-{quality}" for pair in pairs for quality in params["lambdas"]}
     expected |= {f"{name}@{cell}" for name in ("fit_loss_rate", "allocate") for cell in params["cells"]}
     expected |= {f"{name}@{study}" for name in ("bound", "ablate") for study in params["studies"]}

@@ -38,6 +38,7 @@ RATES = {  # method -> bits against uniform at equal accuracy
     "oracle": 0.5,
 }
 PRECODE = list(PARAMS["lambdas"]).index(PARAMS["mfip"]["precode"])
+TEST = list(range(2, 10))  # images
 PIXELS = dict(zip(SCALES, (65536, 16384, 4096, 1024, 256), strict=True))
 
 
@@ -95,10 +96,46 @@ def write_models(data: Path, task: str) -> None:
     sensitivity = {scale: {"r2": r2, "ridge": 1.0} for scale, r2 in zip(SCALES, (0.43, 0.3, 0.2, 0, None), strict=True)}
     errors = {"held_out": held_out, "flags": [], "sensitivity": sensitivity}
     write_json(data / "mfip/small/elic" / f"{task}.json", errors)
-    weights = rng.dirichlet([5, 4, 3, 3, 1], 8)
-    keys = {"split": "test", "image_id": np.repeat(np.arange(8), 5), "scale": np.tile(SCALES, 8)}
+    weights = rng.dirichlet([5, 4, 3, 3, 1], len(TEST))
+    keys = {"split": "test", "image_id": np.repeat(TEST, 5), "scale": np.tile(SCALES, len(TEST))}
     predicted = {"weight": weights.ravel(), "sensitivity": rng.uniform(0.05, 3, weights.size)}
     write_csv(data / "mfip/small/elic" / f"{task}.csv", pd.DataFrame(keys | predicted))
+
+
+def write_losses(data: Path, tasks: tuple[str, ...]) -> None:
+    """Of the images of test, the last of which has no objects."""
+    rng = np.random.default_rng(11)
+    keys = [(task, "test", i, scale) for task in tasks for i in TEST[:-1] for scale in SCALES]
+    lines = pd.DataFrame(keys, columns=["task", "split", "image_id", "scale"])
+    for q, quality in enumerate(PARAMS["lambdas"]):
+        loss = rng.gamma(2, 0.1, len(lines)) / 2**q
+        measured = {"clean": 0.5, "drop": 0.2 * loss, "loss": loss, "loss_skipped": 2 * loss}
+        write_csv(data / f"losses/small/elic/{quality}.csv", lines.assign(**measured))
+    write_csv(data / "losses/small/uncoded.csv", lines.assign(loss_skipped=1.5))
+
+
+def write_examples(folder: Path, task: str) -> None:
+    """As `illustrate` does: two images, a box, a mask or keypoints in each."""
+    shapes = {
+        "detection": {"box": [4.0, 5.0, 20.0, 16.0]},
+        "segmentation": {"outlines": [[4.0, 5.0, 24.0, 5.0, 14.0, 21.0]]},
+        "keypoints": {"points": [[4.0, 5.0], None, [24.0, 21.0]]},
+    }
+    thing = {"label": "person"} | shapes[task]
+    found = [thing | {"score": 0.87}]
+    coded = [
+        {"phi": [q, q, q, q, -1], "bits": [2000 * q, 400, 90, 60, 0], "loss": 0.9 / (1 + q), "found": found}
+        for q in range(len(PARAMS["lambdas"]))
+    ]
+    known = {"predicted": [0.3, 0.3, 0.2, 0.1, 0.1], "measured": [0.5, 0.2, 0.1, 0.1, 0.1]}
+    examples = []
+    for image_id, kind, saving in ((TEST[0], "best", -40.0), (TEST[1], "worst", 12.0)):
+        about = {"kind": kind, "saving": saving, "image_id": image_id, "width": 40, "height": 30}
+        seen = {"truth": [thing], "uncoded": {"found": found}, "uniform": coded, "mfiba": coded}
+        examples.append(about | seen | {"weight": known, "sensitivity": known})
+        Image.new("RGB", (40, 30), (90, image_id, 30)).save(folder / f"{image_id}.webp")
+    skeletons = {"person": [[1, 2], [1, 3]]}
+    write_json(folder / f"{task}.json", {"method": "mfiba", "examples": examples, "skeletons": skeletons})
 
 
 def write_profile(folder: Path, tasks: tuple[str, ...] = CELLS, trained: bool = True, coco: bool = False) -> Path:
@@ -115,6 +152,11 @@ def write_profile(folder: Path, tasks: tuple[str, ...] = CELLS, trained: bool = 
     for task in tasks:
         write_evaluation(data / "evaluations/small/elic" / task, task)
         write_models(data, task)
+    write_losses(data, tasks)
+    illustrations = data / "illustrations/small/elic"
+    illustrations.mkdir(parents=True)
+    for task in tasks:
+        write_examples(illustrations, task)
     for q, quality in enumerate(params["lambdas"]):
         write_csv(data / f"coded/small/elic/{quality}.csv", ledger(q))
     steps = np.arange(100, 1600, 100) if trained else np.array([], int)
@@ -124,7 +166,7 @@ def write_profile(folder: Path, tasks: tuple[str, ...] = CELLS, trained: bool = 
 
 
 def ledger(quality: int, rate: float = 1.0) -> pd.DataFrame:
-    """Two images of fit and one of test, which has nothing to do with the codec's curve."""
+    """Two images of fit and those of test, which have nothing to do with the codec's curve."""
     lines = [
         {
             "split": split,
@@ -132,13 +174,15 @@ def ledger(quality: int, rate: float = 1.0) -> pd.DataFrame:
             "scale": s,
             "pixels": PIXELS[s],
             "bits": rate * PIXELS[s] * 2**quality / 8,
+            "mse": 2.0**-quality,
             "mse_feature": (1 + i) * 2.0**-quality if split == "fit" else 1.0,
         }
-        for split, ids in (("fit", range(2)), ("test", range(2, 3)))
+        for split, ids in (("fit", range(2)), ("test", TEST))
         for i in ids
         for s in SCALES
     ]
-    return pd.DataFrame(lines)
+    table, parts = pd.DataFrame(lines), {"latent": 5, "hyper": 1, "header": 1, "range": 1}
+    return table.assign(**{f"bytes_{part}": table["bits"] * share / 64 for part, share in parts.items()})
 
 
 @pytest.fixture(scope="module")

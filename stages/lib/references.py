@@ -40,6 +40,10 @@ class Reported(NamedTuple):
     bd_rate: dict[tuple[str, str], float]
     points: dict[tuple[str, str], pd.DataFrame]
 
+    def of(self, task: str, codec: str) -> dict[str, float]:
+        """Name -> BD-rate."""
+        return {"MFIBA, paper": self.bd_rate[task, codec]} if (task, codec) in self.bd_rate else {}
+
 
 def reported(params: dict[str, Any]) -> Reported:
     """Of the cells that have the paper's data and models; of others it could not be compared."""
