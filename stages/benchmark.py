@@ -1,6 +1,8 @@
-"""Codecs -> reports/benchmark.json: their speed beside its limit and beside a plain loop with compressai; their memory.
+"""A finished run -> reports/benchmark.json: speed beside its limits and beside plain loops; memory as data grow.
 
-Run in a profile's folder, when the machine does nothing else.
+Codecs beside their networks and coders alone, and a loop with compressai; measuring beside a loop of whole detectors;
+the heavy stages with one, two and four times as many images. Run in a profile's folder, when the machine does nothing
+else.
 """
 
 import argparse
@@ -10,7 +12,10 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else its look for GPUs makes them useless to forks
 
 import torch
 from tabulate import tabulate
@@ -21,10 +26,12 @@ from stages.lib.coding import FeatureCodec, build_codec, load_codec
 from stages.lib.elic import Elic
 from stages.lib.features import Features
 from stages.lib.files import write_json
+from stages.lib.growth import growth
 from stages.lib.learned import STRIDE, LearnedCodec
 from stages.lib.models import DEVICE
 from stages.lib.online import run
 from stages.lib.params import InputError, load_params
+from stages.lib.plain_measuring import compare, profile_case, random_case
 from stages.lib.planes import Packing, pack, plane_shape
 from stages.lib.progress import progress
 from stages.lib.shards import map_in_memory
@@ -41,20 +48,32 @@ FULL_SIZE = {  # the papers' networks
 }
 PLAIN = {"elic": "compressai's Elic2022Official", "tcm": "a loop as LIC-TCM's authors wrote it, on compressai's coder"}
 GOALS = {("default", "cpu"): 2, ("coco", "cuda"): 5}  # times the plain loop
+MEASURED = {"default": (32, 3), "coco": (2, 1)}  # images whose losses are measured, and how often
+DETECTORS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")  # that are measured at COCO's size
+COCO_IMAGE, COCO_STEPS = (800, 1066), {"q1": 1.0, "q2": 0.25}  # px; qualities: steps in standard deviations
+MEASURING_GOAL, PEAK_GOAL = "at least 5", "at most 1.1"
 NOT_MEASURED = {"note": "not measured"}
 
 
 def main(coco: bool, size: tuple[int, int]) -> None:
-    report = benchmark(load_params(), DATA, size if coco else None)
-    write_json(OUT, report)
-    print(table(report))
+    torch.set_num_threads(1)  # threads that this process started would be missing in its forks, which wait for them
+    params = load_params()
+    coders(params, DATA)
+    grown = growth(params, Path("dvc.yaml"))  # at first: its forks begin with what this process has in memory
+    report = benchmark(params, DATA, size if coco else None) | {"measuring": measuring(params, DATA, coco)}
+    write_json(OUT, report | {"growth": grown})
+    print(table(report | {"growth": grown}))
+
+
+def coders(params: dict[str, Any], data: Path) -> dict[tuple[str, str], tuple[Path, Path]]:
+    """Model and learned codec of the cells -> features and weights. Raises InputError where a file is missing."""
+    pairs = {(cell["model"], cell["codec"]) for cell in params["cells"].values() if cell["codec"] in FULL_SIZE}
+    return {pair: _files(data, *pair) for pair in sorted(pairs)}
 
 
 def benchmark(params: dict[str, Any], data: Path, size: tuple[int, int] | None) -> dict[str, Any]:
     """`machine`, `cases` (a codec at a size on a device: see `measure`) and `memory`. size: of the COCO plane."""
-    torch.set_num_threads(1)  # threads that this process started would be missing in its forks, which wait for them
-    pairs = sorted({(cell["model"], cell["codec"]) for cell in params["cells"].values() if cell["codec"] in FULL_SIZE})
-    files = {pair: _files(data, *pair) for pair in pairs}
+    files = coders(params, data)
     lmbda = params["lambdas"][params["mfip"]["precode"]]
     runs = {(codec, "default", model): partial(default, *paths, lmbda) for (model, codec), paths in files.items()}
     runs |= {(codec, "coco", "random"): partial(full_size, codec, size) if size else None for codec in FULL_SIZE}
@@ -73,10 +92,37 @@ def benchmark(params: dict[str, Any], data: Path, size: tuple[int, int] | None) 
 
 def _files(data: Path, model: str, codec: str) -> tuple[Path, Path]:
     features, weights = data / "features" / model, data / "codecs" / model / f"{codec}.pt"
-    for path, stage in ((features, f"extract@{model}"), (weights, f"train_codec@{model}-{codec}")):
+    needed = {features: f"extract@{model}", weights: f"train_codec@{model}-{codec}"}
+    needed[data / "losses" / model / codec] = f"measure@{model}-{codec}"  # made from all that is measured here
+    for path, stage in needed.items():
         if not path.exists():
             raise InputError(f"{path} is missing; run `dvc repro {stage}`")
     return features, weights
+
+
+def measuring(params: dict[str, Any], data: Path, coco: bool) -> list[dict[str, Any]]:
+    """As `compare` finds them: the profile's detector with the first codec's features; torchvision's at COCO's size."""
+    model, codec = next(iter(coders(params, data)))
+    runs = {(model, "default"): partial(of_profile, params, data, model, codec)}
+    runs |= {(name, "coco"): partial(of_torchvision, name) if coco else None for name in DETECTORS}
+    return [
+        {"detector": name, "size": size, "device": DEVICE.type} | (apart(call) if call else NOT_MEASURED)
+        for (name, size), call in progress(runs.items(), "measuring", len(runs))
+    ]
+
+
+def of_profile(params: dict[str, Any], data: Path, model: str, codec: str) -> dict[str, Any]:
+    count, repetitions = MEASURED["default"]
+    case, seconds = profile_case(data, model, codec, params["models"][model], list(params["lambdas"]), count)
+    return {"threads": THREADS["default"], "decode_seconds": seconds} | compare(case, repetitions)
+
+
+def of_torchvision(name: str) -> dict[str, Any]:
+    torch.set_num_threads(THREADS["coco"])
+    count, repetitions = MEASURED["coco"]
+    with TemporaryDirectory() as folder:
+        case = random_case(Path(folder), name, COCO_IMAGE, count, COCO_STEPS)
+        return {"threads": THREADS["coco"]} | compare(case, repetitions)
 
 
 def machine() -> dict[str, Any]:
@@ -156,15 +202,49 @@ def _as_if_trained(codec: LearnedCodec, plane: Tensor) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown: a line for each codec, size, device and question."""
+    """The report as Markdown: a table each for codecs, measuring and growth, a line for each question."""
     head = ["codec", "size", "device", "", "measured", "ratio", "goal"]
     rows = [row for case in report["cases"] for row in _rows(case)]
     for weighed in report["memory"]:
         plane = f"{weighed['side']} x {weighed['side']}"
         text = weighed.get("note") or f"{weighed['peak_mib']:.0f} MiB, {weighed['before_mib']:.0f} before"
         rows.append([weighed["codec"], plane, weighed.get("device", DEVICE.type), "peak memory of one plane", text])
+    of_measuring = ["detector", "size", "device", "images", "measure", "plain loop", "ratio", "goal", "equal results"]
+    grown, (few, *_, many) = report["growth"], report["growth"]["times"]
+    ratio = f"{many} x to {few} x images"
+    of_growth = ["stage", "items", "seconds", ratio, "goal", "peak memory, MiB", ratio, "goal"]
     facts = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    return f"{tabulate(rows, head, tablefmt='github', disable_numparse=True)}\n\n{facts}"
+    tables = (
+        ("Codecs", head, rows),
+        ("Losses of one coded scale", of_measuring, [_measuring_row(case) for case in report["measuring"]]),
+        ("Growth", of_growth, [_growth_row(stage, many / few) for stage in grown["stages"]]),
+    )
+    parts = [f"{title}\n\n{tabulate(*of, tablefmt='github', disable_numparse=True)}" for title, *of in tables]
+    return "\n\n".join([*parts, f"Peak of a process that does nothing: {grown['before_mib']:.0f} MiB.", facts])
+
+
+def _measuring_row(case: dict[str, Any]) -> list[str]:
+    key = [case["detector"], case["size"], case["device"]]
+    if "note" in case:
+        return [*key, "", case["note"]]
+    seconds = case["seconds"]
+    return [
+        *key,
+        str(case["images"]),
+        f"{case['variants']} variants, skipped ones too: {seconds['ours']:.1f} s",
+        f"{case['evaluations']} evaluations: {seconds['plain']:.1f} s",
+        f"{case['times_plain']:.2f}",
+        MEASURING_GOAL,
+        f"{case['equal']:.2%}",
+    ]
+
+
+def _growth_row(stage: dict[str, Any], times: float) -> list[str]:
+    items, peaks = (", ".join(f"{value:.0f}" for value in stage[name]) for name in ("items", "peak_mib"))
+    seconds, ratio = ", ".join(f"{value:.1f}" for value in stage["seconds"]), stage["ratio"]
+    goals = f"at most {times:.0f}", PEAK_GOAL
+    ratios = f"{ratio['seconds']:.2f}", f"{ratio['peak_mib']:.2f}"
+    return [stage["stage"], items, seconds, ratios[0], goals[0], peaks, ratios[1], goals[1]]
 
 
 def _rows(case: dict[str, Any]) -> list[list[str]]:

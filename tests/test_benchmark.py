@@ -14,7 +14,7 @@ from artifacts import write_features
 from pytest import approx
 
 from stages import benchmark as stage
-from stages.benchmark import apart, benchmark, table
+from stages.benchmark import apart, benchmark, measuring, table
 from stages.lib import benchmarking, learned
 from stages.lib.benchmarking import measure, plain_compress, plain_network, record
 from stages.lib.coding import FeatureCodec, build_codec, load_codec, pyramid_shapes, save_codec
@@ -43,6 +43,26 @@ PARAMS = {
     "mfip": {"precode": "q2"},
     "cells": {codec: {"task": "detection", "model": "tiny", "codec": codec} for codec in (*TINY, "hevc")},
 }
+NOT_MEASURED = {"detector": "maskrcnn", "size": "coco", "device": "cpu", "note": "not measured"}
+MEASURED = {
+    "detector": "tiny",
+    "size": "default",
+    "device": "cpu",
+    "images": 32,
+    "variants": 60,
+    "evaluations": 31,
+    "seconds": {"ours": 10.0, "plain": 77.7},
+    "times_plain": 7.77,
+    "equal": 0.999,
+}
+GROWN_STAGE = {
+    "stage": "measure@tiny-hevc",
+    "items": [32, 64, 128],
+    "seconds": [3.0, 5.0, 9.0],
+    "peak_mib": [600.0, 605.0, 612.0],
+    "ratio": {"seconds": 3.0, "peak_mib": 1.02},
+}
+GROWN = {"times": [1, 2, 4], "before_mib": 412.3, "stages": [GROWN_STAGE]}
 PARTS = ("encode", "decode", "network", "coder", "plain_compress", "plain_decompress")
 
 
@@ -57,6 +77,8 @@ def data(tmp_path_factory) -> Path:
         items.append(("fit", image_id, {s: torch.randn(1, CHANNELS, *shapes[s]) for s in SCALES}, sizes))
     (folder / "features").mkdir()
     write_features(folder / "features" / "tiny", items)
+    for name in TINY:
+        (folder / "losses/tiny" / name).mkdir(parents=True)
     packing = Packing("pca", {s: torch.eye(CHANNELS) for s in SCALES}, {s: torch.zeros(CHANNELS) for s in SCALES})
     for name, network in TINY.items():
         config = {"codec": name, "network": network, "packing": "pca", "lambda_range": [1e-4, 0.05], "gains": 3}
@@ -80,7 +102,7 @@ def report(data) -> dict:
         patch.setattr(stage, "REPETITIONS", {"default": 2, "coco": 1})
         patch.setattr(stage, "THREADS", {"default": 1, "coco": 1})
         patch.setattr(stage, "SIDES", (64, 128))
-        return benchmark(PARAMS, data, (200, 180))
+        return benchmark(PARAMS, data, (200, 180)) | {"measuring": [MEASURED, NOT_MEASURED], "growth": GROWN}
 
 
 @pytest.fixture
@@ -146,7 +168,12 @@ def test_the_table_has_a_line_for_every_question(report):
     for name in TINY:
         for what in ("network + entropy coder alone", stage.PLAIN[name], "encode", "decode", "both", "strings"):
             assert sum(what in line and f"| {name} " in line for line in lines) >= 2, (name, what)
-    assert sum("not measured" in line for line in lines) >= 4
+    assert sum("not measured" in line for line in lines) >= 5
+    (measured,) = (line for line in lines if line.startswith("| tiny "))
+    assert all(text in measured for text in ("60 variants", "10.0 s", "31 evaluations", "77.7 s", "7.77", "99.90%"))
+    (grown,) = (line for line in lines if "measure@tiny-hevc" in line)
+    assert all(text in grown for text in ("32, 64, 128", "3.0, 5.0, 9.0", "3.00", "at most 4", "600, 605, 612", "1.02"))
+    assert any("412 MiB" in line for line in lines)
     assert sum("peak memory" in line for line in lines) == 2
     one = {**report, "cases": [{**report["cases"][0], "note": "does not fit in memory"}]}
     assert "does not fit in memory" in table(one)
@@ -220,12 +247,23 @@ def test_only_memory_that_ran_out_becomes_a_note():
         apart(fails(RuntimeError("shapes do not match")))
 
 
-@pytest.mark.parametrize(("lost", "remedy"), [("features", "extract@tiny"), ("codecs", "train_codec@tiny-elic")])
+@pytest.mark.parametrize(
+    ("lost", "remedy"),
+    [("features", "extract@tiny"), ("codecs", "train_codec@tiny-elic"), ("losses", "measure@tiny-elic")],
+)
 def test_missing_files_are_named_with_the_stage_that_makes_them(data, tmp_path, lost, remedy):
     shutil.copytree(data, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / lost)
     with pytest.raises(InputError, match=rf"{lost}/.* is missing; run `dvc repro {remedy}`"):
         benchmark(PARAMS, tmp_path / "data", None)
+
+
+def test_losses_are_measured_with_the_first_codec_of_the_profile_and_at_cocos_size_if_asked(data, monkeypatch):
+    monkeypatch.setattr(stage, "of_profile", lambda params, data, *names: {"called": names})
+    monkeypatch.setattr(stage, "of_torchvision", lambda name: {"called": name})
+    cases = measuring(PARAMS, data, coco=True)
+    assert [case["called"] for case in cases] == [("tiny", "elic"), *stage.DETECTORS]
+    assert [case.get("note") for case in measuring(PARAMS, data, coco=False)] == [None] + ["not measured"] * 2
 
 
 def test_the_command_says_in_one_line_what_is_missing(tmp_path, monkeypatch, capsys):

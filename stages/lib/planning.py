@@ -8,16 +8,20 @@ sample sizes. What grows between the two is an item's, the rest the stage's own:
 
 from __future__ import annotations
 
-import importlib
+import json
 import logging
 import os
+import runpy
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import chdir
+from functools import partial
 from pathlib import Path
+from resource import struct_rusage
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -26,11 +30,12 @@ import pandas as pd
 import yaml
 from dvc.repo import Repo
 
-from stages.lib.params import InputError, check_params, entry, load_params
+from stages.lib.params import InputError, check_params, load_params
 from stages.lib.progress import progress
 
 SAMPLE_PIXELS, SAMPLE = 2**19, (4, 8)  # images of a split in the smaller sample: by their size, between these
-SHARDED = ("extract", "compress", "measure_uncoded", "measure", "evaluate", "ablate")  # work for many workers
+TRAIN_TIMES = 8  # as many images of `train`: one at least must show an object, for keypoints a person
+SHARDED = ("extract", "compress", "measure_uncoded", "measure", "evaluate", "bound", "ablate")  # work for many workers
 
 
 class Run(NamedTuple):
@@ -58,7 +63,6 @@ def items_of(params: dict[str, Any], stage: str, address: str) -> int:
         "extract": both + of_train,
         "fit_prediction": of_train,
         "fit_loss_rate": images["fit"],
-        "train_mfip": both,
         "report": 0,
     }
     of_test = ("allocate", "evaluate", "bound", "ablate", "illustrate")
@@ -71,33 +75,32 @@ def plan(profile: Path) -> pd.DataFrame:
     items: of all its runs; start_h: what does not become less with more workers.
     """
     with chdir(profile):
-        return _plan(load_params())
+        params = load_params()
+        start = start_seconds()
+        side = max(model["image_size"]["max"] for model in params["models"].values())
+        few = min(max(SAMPLE_PIXELS // side**2, SAMPLE[0]), SAMPLE[1])
+        samples = [sampled(params, few), sampled(params, 2 * few)]
+        return planned(params, samples, [run_sample(sample, Path("dvc.yaml")) for sample in samples], start)
 
 
-def _plan(params: dict[str, Any]) -> pd.DataFrame:
-    start = start_seconds()
-    side = max(model["image_size"]["max"] for model in params["models"].values())
-    few = min(max(SAMPLE_PIXELS // side**2, SAMPLE[0]), SAMPLE[1])
-    samples = [sampled(params, few), sampled(params, 2 * few)]
-    for sample in samples:
-        check_params(sample)
-    measured = [run_sample(sample, Path("dvc.yaml").resolve()) for sample in samples]
+def planned(
+    params: dict[str, Any], samples: list[dict[str, Any]], measured: list[list[Run]], start: float
+) -> pd.DataFrame:
+    """What two samples of a profile took, and a process until its imports are made, in seconds -> as `plan`."""
     rows = []
     for first, second in zip(*measured, strict=True):
         counts = [items_of(p, first.stage, first.address) for p in (*samples, params)]
-        seconds, written = (
-            _extrapolated(counts, getattr(first, of), getattr(second, of)) for of in ("seconds", "written")
-        )
+        fixed, of_items = _extrapolated(counts, first.seconds, second.seconds)
         sharded = first.stage in SHARDED
         rows.append(
             {
                 "stage": first.stage,
                 "runs": 1,
                 "items": counts[-1],
-                "disk_gb": sum(written) / 1e9,
+                "disk_gb": sum(_extrapolated(counts, first.written, second.written)) / 1e9,
                 "peak_gb": max(first.peak_mib, second.peak_mib) / 1024,
-                "start_h": (start + seconds[0] + (0 if sharded else seconds[1])) / 3600,
-                "of_items_h": seconds[1] / 3600 if sharded else 0.0,
+                "start_h": (start + fixed + (0 if sharded else of_items)) / 3600,
+                "of_items_h": of_items / 3600 if sharded else 0.0,
             }
         )
     how = dict.fromkeys(("runs", "items", "disk_gb", "start_h", "of_items_h"), "sum") | {"peak_gb": "max"}
@@ -105,19 +108,24 @@ def _plan(params: dict[str, Any]) -> pd.DataFrame:
 
 
 def _extrapolated(counts: list[int], first: float, second: float) -> tuple[float, float]:
-    """What two samples took, and the items of both and of the profile -> (fixed, of the profile's items)."""
+    """What two samples took, and the items of both and of the profile -> (fixed, of the profile's items).
+
+    The line goes through the larger sample, which tells more; neither of its two parts is below 0.
+    """
     few, more, all_of_them = counts
-    of_item = max(second - first, 0) / (more - few) if more > few else 0.0
-    return max(first - of_item * few, 0), of_item * all_of_them
+    if more <= few:
+        return second, 0.0
+    of_item = min(max(second - first, 0) / (more - few), second / more)
+    return second - of_item * more, of_item * all_of_them
 
 
 def sampled(params: dict[str, Any], few: int) -> dict[str, Any]:
-    """The profile with so many images of each split, and as many steps of each training; paths are absolute."""
-    sample = yaml.safe_load(yaml.safe_dump(params))
-    images = sample["prepare"]["images"]
+    """The profile with at most so many images of a split, and steps of a training, for a folder anywhere."""
+    sample = json.loads(json.dumps(params))  # a copy, of plain values
+    images, extract = sample["prepare"]["images"], sample["extract"]
     for split in images:
-        images[split] = min(images[split], few)
-    sample["extract"]["train_images"] = min(sample["extract"]["train_images"], few)
+        images[split] = min(images[split], few * (TRAIN_TIMES if split == "train" else 1))
+    extract["train_images"] = min(extract["train_images"], few)
     for section in (*sample["models"].values(), *sample["codecs"].values()):
         for key in ("steps", "entropy_steps"):
             if key in section:
@@ -129,69 +137,83 @@ def sampled(params: dict[str, Any], few: int) -> dict[str, Any]:
             member["weights"] = str(Path(member["weights"]).resolve())
     if sample["prepare"]["coco_root"]:
         sample["prepare"]["coco_root"] = str(Path(sample["prepare"]["coco_root"]).resolve())
-    return sample | {"root": str(Path(sample["root"]).resolve())}
+    sample["root"] = str(Path(sample["root"]).resolve())
+    check_params(sample)
+    return sample
 
 
-def run_sample(params: dict[str, Any], dvc_yaml: Path) -> list[Run]:
-    """Every stage of a sampled profile, in a folder that is gone afterwards."""
+def run_sample(params: dict[str, Any], dvc_yaml: Path, wanted: Sequence[str] = ()) -> list[Run]:
+    """Every stage of a sampled profile, or the `wanted` ones and those before them, in a folder that is soon gone.
+
+    The folder lies where the profile does: its disk has space for features, and is the one whose speed counts.
+    """
     logging.getLogger("dvc").setLevel(logging.ERROR)  # it tells of the folder's new repository
-    with TemporaryDirectory(prefix="plan-") as name:
+    with TemporaryDirectory(prefix=".tmp-sample-", dir=Path()) as name:
         folder = Path(name).resolve()
         (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
         (folder / "dvc.yaml").write_bytes(dvc_yaml.read_bytes())
-        graph = Repo.init(name, no_scm=True).index.graph  # a stage -> those that it depends on
-        stages = list(reversed(list(networkx.lexicographical_topological_sort(graph, key=lambda s: s.addressing))))
-        return [_run(stage, folder) for stage in progress(stages, "sample, stages", len(stages))]
+        graph = Repo.init(folder, no_scm=True).index.graph  # a stage -> those that it depends on
+        if wanted:
+            ends = [stage for stage in graph if _address(stage) in wanted]
+            graph = graph.subgraph({*ends}.union(*(networkx.descendants(graph, stage) for stage in ends)))
+        stages = list(reversed(list(networkx.lexicographical_topological_sort(graph, key=_address))))
+        title = f"sample of {params['prepare']['images']['test']} images, stages"
+        return [_run(stage, folder) for stage in progress(stages, title, len(stages))]
+
+
+def _address(stage: Any) -> str:
+    return stage.addressing.rpartition(":")[2]
 
 
 def _run(stage: Any, folder: Path) -> Run:
-    words = shlex.split(stage.cmd)  # PYTHONPATH=... python -m stages.<name> arguments
+    module, *arguments = shlex.split(stage.cmd)[3:]  # PYTHONPATH=... python -m stages.<name> arguments
     log, start = folder / "log", time.perf_counter()
-    process = os.fork()  # with all imports made
-    if process == 0:
-        _become(words[3], words[4:], folder, log)
-    _, status, usage = os.wait4(process, 0)
+    status, usage = forked(partial(_become, module, arguments, folder), log)
+    seconds = time.perf_counter() - start
     if status:
-        said = log.read_text(encoding="utf-8").strip().splitlines()
-        raise InputError(f"stage {stage.addressing} failed on a sample: {said[-1] if said else 'without a word'}")
+        said = log.read_text(encoding="utf-8").strip().splitlines() or ["without a word"]
+        how = f"was killed by signal {-status}, as where memory runs out" if status < 0 else f"failed: {said[-1]}"
+        raise InputError(f"sample of {Path.cwd()}: stage {_address(stage)} {how}")
     outs = [Path(out.fs_path) for out in stage.outs]
     files = [file for out in outs for file in (out.rglob("*") if out.is_dir() else [out]) if file.is_file()]
     written = sum(file.stat().st_size for file in files)
-    name = stage.addressing.rpartition(":")[2]
-    return Run(words[3].removeprefix("stages."), name, time.perf_counter() - start, usage.ru_maxrss / 1024, written)
+    return Run(module.removeprefix("stages."), _address(stage), seconds, usage.ru_maxrss / 1024, written)
 
 
-def _become(module: str, arguments: list[str], folder: Path, log: Path) -> None:
-    """What a forked process does instead of this one."""
-    code = 1
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(output, stream)
-        os.chdir(folder)
-        os.environ["WORKERS"] = "0"
-        os.environ.pop("RAY_ADDRESS", None)
-        sys.argv = [module, *arguments]
-        entry(_main_of(module))
-        code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def _become(module: str, arguments: list[str], folder: Path) -> None:
+    """What a fork does to be the command of a stage."""
+    os.chdir(folder)
+    os.environ["WORKERS"] = "0"
+    os.environ.pop("RAY_ADDRESS", None)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
 
 
-def _main_of(module: str) -> Callable[..., None]:
-    return importlib.import_module(module).main
+def forked(call: Callable[[], None], log: Path = Path(os.devnull)) -> tuple[int, struct_rusage]:
+    """`call` in a fork, with all imports made, its words in `log` -> its exit status (below 0: a signal) and usage."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(output, stream)
+            call()
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    _, status, usage = os.wait4(process, 0)
+    return os.waitstatus_to_exitcode(status), usage
 
 
 def start_seconds() -> float:
     """How long a stage's process takes until its imports are made."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import stages.lib.measuring"], check=True, env=_environment())
+    start, path = time.perf_counter(), {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", "import stages.lib.measuring"], check=True, env=os.environ | path)
     return time.perf_counter() - start
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -1,0 +1,40 @@
+"""A profile with few images, then twice and four times as many -> what its heavy stages take: seconds, peak memory."""
+
+from pathlib import Path
+from typing import Any
+
+from stages.lib.planning import forked, items_of, run_sample, sampled
+
+TIMES = (1, 2, 4)
+IMAGES = 16  # of each split, at first: two batches of the heads, one shard
+
+
+def growth(params: dict[str, Any], dvc_yaml: Path) -> dict[str, Any]:
+    """`stages`, each with its items, seconds and peak MiB at TIMES, and the ratios of the last two to the first.
+
+    before_mib: peak of a process that does nothing, with all imports made.
+    """
+    _, before = forked(lambda: None)
+    model = next(iter(params["cells"].values()))["model"]
+    learned = next((name for name, codec in params["codecs"].items() if "network" in codec), None)
+    cheapest = "hevc" if "hevc" in params["codecs"] else learned
+    quality = params["mfip"]["precode"]
+    coders = [f"{model}-{codec}" for codec in dict.fromkeys((cheapest, learned)) if codec]
+    addresses = [
+        f"extract@{model}",
+        *(f"compress@{coder}-{quality}" for coder in coders),
+        f"measure_uncoded@{model}",
+        f"measure@{coders[0]}",
+        f"evaluate@{coders[0]}",
+    ]
+    few = min(IMAGES, min(params["prepare"]["images"].values()) // TIMES[-1])
+    samples = [sampled(params, times * few) for times in TIMES]
+    measured = [{run.address: run for run in run_sample(sample, dvc_yaml, addresses)} for sample in samples]
+    stages = []
+    for address in addresses:
+        runs = [of_sample[address] for of_sample in measured]
+        found = {"seconds": [run.seconds for run in runs], "peak_mib": [run.peak_mib for run in runs]}
+        items = [items_of(sample, run.stage, address) for sample, run in zip(samples, runs, strict=True)]
+        ratios = {name: values[-1] / values[0] for name, values in found.items()}
+        stages.append({"stage": address, "items": items} | found | {"ratio": ratios})
+    return {"times": list(TIMES), "before_mib": before.ru_maxrss / 1024, "stages": stages}

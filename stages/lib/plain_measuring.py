@@ -1,0 +1,246 @@
+"""How fast the loss of one coded scale is measured, beside what the method's authors do; decoded features -> times.
+
+    ours   `uncoded_accuracies` and `single_scale_losses`: the heads see what differs; each image is matched alone
+    plain  for each quality and scale the whole detector on every image, one scale replaced; COCOeval of all images
+
+Ours also measures what a receiver predicts in the place of scales that are not sent; the plain loop does not.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import pandas as pd
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+from stages.lib import measuring
+from stages.lib.accuracy import match_variants, results
+from stages.lib.benchmarking import timings
+from stages.lib.coco import image_path, load_split
+from stages.lib.coding import load_codec
+from stages.lib.features import Features, write_index, write_shard
+from stages.lib.measuring import Pyramid, Truths, read_truths, single_scale_losses, truths, uncoded_accuracies
+from stages.lib.models import DEVICE, build, load_model, pyramid_of, read_image
+from stages.lib.params import ARCHITECTURES, COARSER, SCALES, TASKS
+from stages.lib.prediction import Predictor
+from stages.lib.prediction import load as load_predictor
+
+KEY = ["task", "quality", "scale", "image_id"]
+SPLIT = "test"
+CLASSES, KEYPOINTS = 91, 17  # of torchvision's detectors
+BACKGROUND = 10.0  # logit of it; those of the classes have a standard deviation of 2
+TOLERANCE = 1e-3  # of accuracies and losses: images that pass a head together are rounded otherwise
+
+
+class Case(NamedTuple):
+    """What both measure."""
+
+    detector: nn.Module
+    features: Features  # uncoded
+    images: dict[int, Tensor]  # id -> [3, H, W]
+    decoded: dict[str, dict[int, Pyramid]]  # quality -> image id -> scale -> [1, C, H_s, W_s]
+    predictor: Predictor
+    truth: Truths
+
+    def coded(self) -> Iterator[tuple[str, str]]:
+        return product(self.decoded, SCALES)
+
+
+def compare(case: Case, repetitions: int) -> dict[str, Any]:
+    """Seconds of both, without the decoding that both need, and how far their accuracies and losses differ."""
+    found: dict[str, Any] = {}
+    runs = {"ours": partial(ours, case), "plain": partial(plain, case)}
+    seconds = timings({name: (run, partial(found.__setitem__, name)) for name, run in runs.items()}, repetitions)
+    found["plain"] = plain_losses(case, found["plain"][0])
+    both = found["ours"].merge(found["plain"], "left", KEY, suffixes=("", "_plain"))
+    differences = {name: (both[name] - both[f"{name}_plain"]).abs() for name in ("coded", "loss")}
+    equal = (differences["coded"] < TOLERANCE) & (differences["loss"] < TOLERANCE)
+    scales = len(SCALES) + len(COARSER)
+    return {
+        "repetitions": repetitions,
+        "images": len(case.images),
+        "tasks": list(case.truth.coco),
+        "evaluations": 1 + len(list(case.coded())),  # of the plain loop
+        "variants": 2 + len(SCALES) - 1 + scales * len(case.decoded),
+        "seconds": seconds,
+        "times_plain": seconds["plain"] / seconds["ours"],
+        "equal": float(equal.mean()),
+        "largest_difference": {name: float(values.max()) for name, values in differences.items()},
+    }
+
+
+def ours(case: Case) -> pd.DataFrame:
+    """The losses of `measure`, and those of `measure_uncoded` before; decoded features come from memory."""
+    image_ids = list(case.images)
+    fixed = case.detector, case.features
+    uncoded = uncoded_accuracies(*fixed, case.predictor, case.truth, image_ids)
+
+    def decode(image_ids: list[int]) -> list[Pyramid]:
+        decoded = [{s: torch.cat([maps[i][s] for i in image_ids]) for s in SCALES} for maps in case.decoded.values()]
+        return [*decoded, {s: maps.to(DEVICE) for s, maps in case.features.pyramids(image_ids).items()}]
+
+    with patch.object(measuring, "decoder", lambda *_: decode):
+        measure = single_scale_losses(*fixed, Path(), list(case.decoded), None, case.predictor, case.truth, uncoded)
+    return measure(image_ids)
+
+
+@torch.inference_mode()
+def plain(case: Case) -> tuple[dict[str, list[list[dict]]], dict[str, list[float]]]:
+    """Task -> COCO's results, and AP, of the uncoded features, then of each quality and scale."""
+    found: dict[str, list[list[dict]]] = {task: [] for task in case.truth.coco}
+    accuracies: dict[str, list[float]] = {task: [] for task in case.truth.coco}
+    replaced: Pyramid = {}
+    hook = case.detector.backbone.register_forward_hook(lambda *call: call[-1] | replaced)
+    try:
+        for coded in [None, *case.coded()]:
+            of_images: dict[str, list[dict]] = {task: [] for task in found}
+            for image_id, image in case.images.items():
+                if coded:
+                    quality, scale = coded
+                    replaced = {scale: case.decoded[quality][image_id][scale]}
+                (detection,) = case.detector([image.to(DEVICE)])
+                for task in found:
+                    of_images[task] += results(image_id, detection, task, case.truth.person_ids)
+            for task, coco in case.truth.coco.items():
+                found[task].append(of_images[task])
+                accuracies[task].append(coco_ap(coco, of_images[task], list(case.images), task))
+    finally:
+        hook.remove()
+    return found, accuracies
+
+
+def coco_ap(truth: COCO, found: list[dict], image_ids: list[int], task: str) -> float:
+    """COCOeval from end to end."""
+    with redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), TASKS[task])
+        evaluation.params.imgIds = image_ids
+        if sigmas := [category["oks_sigmas"] for category in truth.cats.values() if "oks_sigmas" in category]:
+            evaluation.params.kpt_oks_sigmas = np.array(sigmas[0])
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[0])
+
+
+def plain_losses(case: Case, found: dict[str, list[list[dict]]]) -> pd.DataFrame:
+    """Results of the plain loop -> KEY, coded, loss: each image's own AP and the utility that it loses, as ours."""
+    rows, image_ids = [], list(case.images)
+    for task, coco in case.truth.coco.items():
+        clean, *coded = match_variants(coco, found[task], image_ids, task)
+        for (quality, scale), matches in zip(case.coded(), coded, strict=True):
+            values = zip(image_ids, measuring.per_image(matches), clean.utility - matches.utility, strict=True)
+            rows += [(task, quality, scale, *of_image) for of_image in values]
+    return pd.DataFrame(rows, columns=[*KEY, "coded", "loss"])
+
+
+# ---- cases
+
+
+def profile_case(
+    data: Path, model: str, codec: str, described: dict[str, Any], qualities: list[str], count: int
+) -> tuple[Case, float]:
+    """The first images of a profile's `test`, and the seconds that decoding them took."""
+    splits, features = data / "dataset/splits.json", Features(data / "features" / model, "test")
+    image_ids, part = features.image_ids[:count], load_split(splits, "test")
+    decode = measuring.decoder(
+        features, data / "coded" / model / codec, qualities, load_codec(data / "codecs" / model / f"{codec}.pt")
+    )
+    decoded: dict[str, dict[int, Pyramid]] = {quality: {} for quality in qualities}
+    start = time.perf_counter()
+    for batch in features.batches(image_ids):
+        *pyramids, _ = decode(batch)
+        for quality, pyramid in zip(qualities, pyramids, strict=True):
+            decoded[quality] |= {i: {s: m[k : k + 1] for s, m in pyramid.items()} for k, i in enumerate(batch)}
+    seconds = time.perf_counter() - start
+    case = Case(
+        load_model(data / "models" / f"{model}.pt", described),
+        features,
+        {i: read_image(image_path(part, i)) for i in image_ids},
+        decoded,
+        load_predictor(data / "predictions" / f"{model}.pt"),
+        read_truths(splits, "test", described["tasks"]),
+    )
+    return case, seconds
+
+
+def random_case(folder: Path, architecture: str, size: tuple[int, int], count: int, steps: dict[str, float]) -> Case:
+    """torchvision's detector with random weights, on noise; `folder` gets the features.
+
+    steps: quality -> by how many standard deviations of its scale a decoded feature is quantised. What the detector
+    finds with uncoded features is the ground truth: so accuracies tell something, and all masks are asked for.
+    """
+    torch.manual_seed(0)
+    described = {"architecture": architecture, "image_size": {"min": min(size), "max": max(size)}}
+    detector = build(described, CLASSES, KEYPOINTS).eval().to(DEVICE).to(memory_format=torch.channels_last)
+    images = {image_id: torch.rand(3, *size) for image_id in range(1, 1 + count)}
+    _as_if_trained(detector, images[1])
+    pyramids = {image_id: pyramid_of(detector, image) for image_id, image in images.items()}
+    write_shard(folder / f"{SPLIT}-00000.h5", ((i, *pyramid) for i, pyramid in pyramids.items()), "float32")
+    write_index(folder)
+    decoded = {
+        quality: {i: {s: _quantised(maps, step) for s, maps in p.items()} for i, (p, _) in pyramids.items()}
+        for quality, step in steps.items()
+    }
+    predictor = Predictor(len(pyramids[1][0]["0"][0])).eval().to(DEVICE)
+    truth = truths({task: _found(detector, images, task) for task in ARCHITECTURES[architecture]})
+    return Case(detector, Features(folder, SPLIT), images, decoded, predictor, truth)
+
+
+@torch.inference_mode()
+def _as_if_trained(detector: nn.Module, image: Tensor) -> None:
+    """Random weights propose boxes of any size and are sure of all; let them stay near anchors, and be sure of few.
+
+    The last layers are scaled so that what moves boxes has a standard deviation of 0.2 of their size, then 0.1, and a
+    class's score is high in some places: 50 to 100 detections in an image, as many as trained ones have in full scenes.
+    """
+    images, _ = detector.transform([image.to(DEVICE)])
+    pyramid = detector.backbone(images.tensors)
+    rpn, heads = detector.rpn, detector.roi_heads
+    logits, deltas = (torch.cat([of.flatten() for of in outputs]) for outputs in rpn.head(list(pyramid.values())))
+    rpn.head.cls_logits.weight.mul_(2 / logits.std())
+    rpn.head.bbox_pred.weight.mul_(0.2 / deltas.std())
+    proposals, _ = rpn(images, pyramid)
+    regions = heads.box_head(heads.box_roi_pool(pyramid, proposals, images.image_sizes))
+    classes, boxes = heads.box_predictor.cls_score, heads.box_predictor.bbox_pred
+    boxes.weight.mul_(1 / boxes(regions).std())  # in tenths of a region's size
+    scores = classes(regions)
+    classes.weight.mul_(2 / (scores - scores.mean(0)).std())
+    classes.bias.sub_(classes(regions).mean(0))
+    classes.bias[0] += BACKGROUND
+
+
+def _quantised(maps: Tensor, step: float) -> Tensor:
+    step = step * maps.std()
+    return (maps / step).round() * step
+
+
+def _found(detector: nn.Module, images: dict[int, Tensor], task: str) -> COCO:
+    """What a detector finds in images, as their ground truth."""
+    annotations: list[dict] = []
+    with torch.inference_mode():
+        for image_id, image in images.items():
+            (detection,) = detector([image.to(DEVICE)])
+            annotations += results(image_id, detection, task, None)
+    for number, item in enumerate(annotations, 1):
+        item |= {"id": number, "iscrowd": 0, "area": 1.0}  # no object's area is outside the range "all"
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i, "height": image.shape[1], "width": image.shape[2]} for i, image in images.items()],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": str(number)} for number in range(1, CLASSES)],
+    }
+    with redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
