@@ -17,8 +17,10 @@ import zlib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -48,9 +50,14 @@ POINTS = "data/evaluations/small/elic/detection/points.csv"
 MFIP_ERRORS = "data/mfip/small/elic/detection.json"
 LOSS_CURVE = "reports/codecs/small/elic/loss.csv"
 
+FEATURES, CODEC, REAL = "data/features/small", "data/codecs/small/elic.pt", "data/real"  # REAL: coded features
+INDEX, SHARD, RECORDS = f"{FEATURES}/index.csv", f"{FEATURES}/fit-00000.h5", f"{REAL}/q1/fit-00000.h5"
+
 PREPARE = "prepare data/new"
 TRAIN = f"train_model {SPLITS} small data/new.pt"
 EXTRACT = f"extract {SPLITS} {MODEL} small data/new"
+COMPRESS = f"compress {FEATURES} {CODEC} q1 data/new data/new.csv"
+MEASURE = f"measure {SPLITS} {MODEL} {FEATURES} data/predictions/small.pt {UNCODED} {CODEC} {REAL} small data/new"
 FIT = f"fit_loss_rate {CODED} {LOSSES} {UNCODED} detection data/new.json"
 ALLOCATE = f"allocate {CODED} {LOSSES} {UNCODED} {FITTED} {PREDICTED} detection data/new.csv"
 REPORT = "report data reports"
@@ -100,7 +107,7 @@ def write_tables() -> None:
         write_csv(Path(f"{CODED}/q{q}.csv"), rows.assign(**ledger))
         lost = {name: values / q for name, values in drawn.items()}
         write_csv(Path(f"{LOSSES}/q{q}.csv"), rows.assign(task="detection", clean=0.5, **lost))
-    write_csv(Path(UNCODED), rows.assign(task="detection", loss_skipped=2.0))
+    write_csv(Path(UNCODED), rows.assign(task="detection", clean=0.5, utility=1.0, loss_skipped=2.0))
     write_csv(Path(PREDICTED), rows.assign(weight=0.2, sensitivity=1.0))
     errors = {"kl": 0.1, "mae": 0.1}
     sensitivity = {scale: {"r2": None} for scale in SCALES}
@@ -131,6 +138,9 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save("image.png")
         assert run(PREPARE.replace("new", "dataset"), patch) == 0
         assert run(FIT.replace("data/new.json", FITTED), patch) == 0
+        assert run(EXTRACT.replace("data/new", FEATURES), patch) == 0
+        for q in ("q1", "q2"):
+            assert run(COMPRESS.replace("q1", q).replace("data/new", f"{REAL}/{q}"), patch) == 0
         assert run(ENCODE.replace("new", "image") + " --phi 0", patch) == 0
     return folder
 
@@ -141,6 +151,8 @@ def copy(profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     folder = tmp_path / "profile"
     shutil.copytree(profile, folder, copy_function=os.link)
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("WORKERS", "0")  # no time for processes; some rows set another
+    monkeypatch.setattr(shutil, "disk_usage", shutil.disk_usage)  # some rows replace it
     return folder
 
 
@@ -193,6 +205,31 @@ def text(name: str, content: str | bytes) -> Break:
 
 def cut(name: str, share: float = 0.5) -> Break:
     return lambda: put(name, (data := Path(name).read_bytes())[: int(share * len(data))])
+
+
+def damaged(name: str, dataset: str) -> Break:
+    """One bit of a dataset's values."""
+
+    def flip() -> None:
+        with h5py.File(name) as file:
+            at = file[dataset].id.get_chunk_info(0).byte_offset + 10
+        data = bytearray(Path(name).read_bytes())
+        data[at] ^= 16
+        put(name, bytes(data))
+
+    return flip
+
+
+def other(name: str, source: str) -> Break:
+    return lambda: put(name, Path(source).read_bytes())
+
+
+def variable(name: str, value: str) -> Break:
+    return lambda: os.environ.update({name: value})
+
+
+def full_disk() -> None:
+    shutil.disk_usage = lambda _: SimpleNamespace(free=1)
 
 
 def also(*breaks: Break) -> Break:
@@ -576,6 +613,40 @@ IN_BITSTREAMS = [
     (gone("dvc.yaml"), "dvc.yaml: no such file"),
     (text("dvc.yaml", "a: ["), "dvc.yaml: not valid YAML"),
 ]
+IN_FEATURES = [  # read by `compress`
+    (gone(FEATURES), f"{FEATURES}: is no folder of features (index.csv is missing); run `extract` again"),
+    (gone(INDEX), f"{FEATURES}: is no folder of features (index.csv is missing)"),
+    (text(INDEX, ""), f"{INDEX}: not a CSV table"),
+    (without(INDEX, "padded_width"), f"{INDEX} has no column 'padded_width'"),
+    (table(INDEX, lambda t: t.assign(image_id="five")), f"{INDEX}: line 2: image_id is 'five', no finite number"),
+    (table(INDEX, lambda t: t[t["split"] != "fit"]), f"{FEATURES}: has no split 'fit'; run `extract` again"),
+    (gone(SHARD), f"{SHARD}: cannot be read as HDF5 ... No such file ... run `extract` again"),
+    (text(SHARD, "features"), f"{SHARD}: cannot be read as HDF5"),
+    (cut(SHARD), f"{SHARD}: cannot be read as HDF5"),
+    (cut(SHARD, 0.99), f"{SHARD}: cannot be read as HDF5"),
+    (damaged(SHARD, "7/0"), f"{SHARD}: cannot be read as HDF5 ... run `extract` again"),
+    (other(SHARD, f"{FEATURES}/test-00000.h5"), f"{SHARD}: cannot be read as HDF5 ... not found"),
+    (saved(lambda c: c | {"channels": 7}, CODEC), f"{CODEC}: made for pyramids of 7 channels, {FEATURES} has 32"),
+]
+IN_CODED = [  # read by `measure`
+    (gone(f"{REAL}/q1"), f"{RECORDS}: cannot be read as HDF5 ... No such file ... run `compress` again"),
+    (gone(f"{REAL}/q2.csv"), f"{REAL}/q2.csv: No such file"),
+    (text(RECORDS, ""), f"{RECORDS}: cannot be read as HDF5"),
+    (cut(RECORDS, 0.9), f"{RECORDS}: cannot be read as HDF5"),
+    (damaged(RECORDS, "data"), f"{RECORDS}: cannot be read as HDF5 ... run `compress` again"),
+    (other(RECORDS, f"{REAL}/q1/test-00000.h5"), f"{RECORDS}: holds other images than {FEATURES}"),
+    (
+        table(f"{REAL}/q1.csv", lambda t: t.assign(mse_feature=0.5)),
+        f"{REAL}/q1: image ... decodes to an MSE of ... run `compress` again",
+    ),
+    (table(f"{REAL}/q1.csv", lambda t: t[5:]), f"{REAL}/q1.csv: lists other images than {FEATURES}"),
+]
+IN_ENVIRONMENT = [  # of a stage with shards
+    (variable("WORKERS", "many"), "WORKERS is 'many': it must be a whole number of at least 0"),
+    (variable("WORKERS", "-2"), "WORKERS is '-2': it must be a whole number of at least 0"),
+    (variable("WORKERS", ""), "WORKERS is '': it must be a whole number of at least 0"),
+    (full_disk, "GB free, ... GB are needed; free some space"),
+]
 OPTIONS = [  # command, what the line says
     ("prepare", "usage: python -m stages.prepare out"),
     ("prepare --help", "usage: python -m stages.prepare out"),
@@ -628,6 +699,8 @@ OPTIONS = [  # command, what the line says
 BAD = [
     *((PREPARE, *row) for row in IN_PARAMS + IN_ANNOTATIONS + IN_IMAGES),
     *((TRAIN, *row) for row in IN_WEIGHTS + IN_SPLITS),
+    *((COMPRESS, *row) for row in IN_FEATURES + IN_ENVIRONMENT),
+    *((MEASURE, *row) for row in IN_CODED),
     *(
         (EXTRACT, *row)
         for row in ((gone(FIRST), "0001.png: cannot be decoded"), (cut(FIRST), "0001.png: cannot be dec"))

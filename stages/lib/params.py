@@ -88,6 +88,9 @@ class Section(dict):
         raise InputError(f"{name!r} is not in params.yaml: {self.title}; choose from {', '.join(self)}")
 
 
+yaml.SafeDumper.add_representer(Section, yaml.SafeDumper.represent_dict)
+
+
 def is_number(value: Any) -> bool:
     """Finite; a whole one has 64 bits, as numpy's."""
     return math.isfinite(value) if isinstance(value, float) else is_whole(value) and abs(value) < 2**63

@@ -1,0 +1,454 @@
+"""What README.md and docs/ say is so: tables, commands, links, examples.
+
+python -m tests.test_docs   writes the tables between `<!-- table: NAME -->` and `<!-- end -->` again, from reports/
+"""
+
+import ast
+import itertools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from stages.lib.tables import LABEL_AWARE, bracketed
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITE_AGAIN = "`python -m tests.test_docs` writes the tables again; then see to the text around them"
+TASKS = ["detection", "segmentation", "keypoints"]
+SHOWN = {  # methods of the tables of results, and what they are
+    "mfiba_skip": "predicted sensitivities, one precoding; may skip a scale",
+    "static_skip": "fixed qualities, the best on `fit`; may skip a scale",
+    "mfiba": "predicted sensitivities, one precoding",
+    "static": "fixed qualities, the best on `fit`",
+    "mfiba_closed_form": "the paper's closed form, predicted weights",
+    "upstream_predicted": "the authors' algorithm, predicted weights",
+    "upstream_measured": "the authors' algorithm, measured weights",
+    "oracle": "measured losses of the image",
+    "oracle_skip": "the same; may skip a scale",
+}
+PAIRS = {
+    "mfiba_skip": ("static_skip", "mfiba", "oracle_skip"),
+    "mfiba": ("static", "upstream_measured", "oracle"),
+}
+Rows = list[list[str]]  # cells; the first row is the header
+
+
+# ---------------------------------------------------------------- tables
+
+
+def read(path: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / path, dtype={"scale": str}, keep_default_na=False, na_values=[""])
+
+
+def cell(row: pd.Series) -> str:
+    return bracketed(row["bd_rate_pchip"], row["ci_low"], row["ci_high"]) + ("" if pd.isna(row["flags"]) else " †")
+
+
+def named(method: str, sees_labels: bool) -> str:
+    return f"`{method}`" + (r" \*" if sees_labels else "")
+
+
+def of_method(found: pd.DataFrame, method: str) -> list[str]:
+    """Rows like those of bd_rate.csv, of one codec -> a cell for each task."""
+    rows = found[found["method"] == method].set_index("task")
+    return [cell(rows.loc[task]) for task in TASKS]
+
+
+def uncoded(codec: str) -> list[str]:
+    points = read("reports/rd_points.csv")
+    found = points[(points["method"] == "none") & (points["codec"] == codec)].set_index("task")
+    return [f"{found.loc[task, 'accuracy_name']} {found.loc[task, 'accuracy']:.3f}" for task in TASKS]
+
+
+def results() -> Rows:
+    bd = read("reports/bd_rate.csv").query("codec == 'elic'")
+    table = [["method", "qualities are chosen by", *TASKS]]
+    table += [[named(m, m in LABEL_AWARE), what, *of_method(bd, m)] for m, what in SHOWN.items()]
+    return [*table, ["uncoded", "", *uncoded("elic")]]
+
+
+def methods() -> Rows:
+    bd = read("reports/bd_rate.csv")
+    table = [["method", "codec", *TASKS]]
+    for method in SHOWN:
+        for codec, found in bd.groupby("codec", sort=False):
+            table.append([named(method, method in LABEL_AWARE), codec, *of_method(found, method)])
+    return [*table, ["uncoded", "", *uncoded(codec)]]
+
+
+def paired() -> Rows:
+    found = read("reports/paired.csv").set_index(["method", "other", "codec", "task"])
+    table = [["difference", "codec", *TASKS]]
+    for method, others in PAIRS.items():
+        for other, codec in itertools.product(others, found.index.unique("codec")):
+            rows = [found.loc[(method, other, codec, task)] for task in TASKS]
+            table.append([f"`{method}` minus {named(other, other in LABEL_AWARE)}", codec])
+            table[-1] += [bracketed(row["difference"], row["ci_low"], row["ci_high"]) for row in rows]
+    return table
+
+
+def codecs() -> Rows:
+    found = read("reports/codec_bd_rate.csv").set_index(["codec", "task"])
+    table = [["against `hevc`", *TASKS]]
+    return table + [[f"`{c}`", *(cell(found.loc[(c, task)]) for task in TASKS)] for c in found.index.unique("codec")]
+
+
+def codec_features() -> Rows:
+    found = read("reports/codec_feature_bd_rate.csv").set_index(["codec", "scale"])
+    scales = list(found.index.unique("scale"))
+    table = [["against `hevc`", *(f"scale {scale}" for scale in scales)]]
+    for codec in found.index.unique("codec"):
+        rows = [found.loc[(codec, scale)] for scale in scales]
+        table.append([f"`{codec}`"])
+        table[-1] += [f"{row['bd_rate_pchip']:.1f}" + ("" if pd.isna(row["flags"]) else " †") for row in rows]
+    return table
+
+
+def ablation() -> Rows:
+    found = read("profiles/study/reports/ablation.csv")
+    table = [["variant", "what it is", *TASKS]]
+    for part, of_part in found.groupby("part", sort=False):
+        table.append([f"**{part}**", "", *([""] * len(TASKS))])
+        for row in of_part.drop_duplicates("method").itertuples():
+            table.append([named(row.method, row.sees_labels), row.description, *of_method(of_part, row.method)])
+    return table
+
+
+def speed() -> Rows:
+    report = json.loads((ROOT / "reports/benchmark.json").read_text())
+    cases = [case for case in report["cases"] if case["size"] == "default" and "note" not in case]
+    found = {
+        "compress, to network + entropy coder alone": lambda case: case["of_limit"],
+        "compress, then decompress, to a plain loop": lambda case: case["times_plain"],
+        "entropy coding, to compressai's, string by string": lambda case: case["entropy_coding_by_plane"]["ratio"][
+            "both"
+        ],
+        "the same, all numbers as one string": lambda case: case["entropy_coding"]["ratio"]["both"],
+        "entropy coding on all cores, to as many times one": lambda case: case["all_cores"]["of_linear"],
+    }
+    table = [["times", *(f"`{case['codec']}`" for case in cases)]]
+    return table + [[name, *(f"{value(case):.2f}" for case in cases)] for name, value in found.items()]
+
+
+TABLES = {  # name -> its rows, and how many of its columns hold text
+    "results": (results, 2),
+    "methods": (methods, 2),
+    "paired": (paired, 2),
+    "codecs": (codecs, 1),
+    "codec_features": (codec_features, 1),
+    "ablation": (ablation, 2),
+    "speed": (speed, 1),
+}
+SLOT = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
+SLOTS = [(path, match[1]) for path in DOCUMENTS for match in SLOT.finditer(path.read_text(encoding="utf-8"))]
+
+
+def markdown(name: str) -> str:
+    table, texts = TABLES[name]
+    head, *rows = table()
+    rule = [":--"] * texts + ["--:"] * (len(head) - texts)
+    return "".join(f"| {' | '.join(row)} |\n".replace("|  ", "| ") for row in (head, rule, *rows))
+
+
+def write_tables() -> None:
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        slots = SLOT.sub(lambda m: f"<!-- table: {m[1]} -->\n{markdown(m[1])}<!-- end -->", text)
+        path.write_text(slots, encoding="utf-8")
+
+
+@pytest.mark.parametrize(("path", "name"), SLOTS, ids=[f"{path.name}-{name}" for path, name in SLOTS])
+def test_a_table_has_the_numbers_of_the_reports(path: Path, name: str) -> None:
+    shown = next(match[2] for match in SLOT.finditer(path.read_text(encoding="utf-8")) if match[1] == name)
+    wanted = markdown(name)
+    for line, right in itertools.zip_longest(shown.splitlines(), wanted.splitlines(), fillvalue=""):
+        cells = itertools.zip_longest(line.split(" | "), right.split(" | "), fillvalue="")
+        for number, (is_there, should) in enumerate(cells):
+            assert is_there == should, f"{path.name}, {name}, row {line[:40]!r}, column {number + 1}; {WRITE_AGAIN}"
+
+
+CLAIMS = [  # text with two whole numbers -> table of differences, or of BD-rates, and the rows it is about
+    (r"`?mfiba_skip`? saves (\d+) to (\d+) % in every cell", "bd_rate", {"method": "mfiba_skip"}),
+    (r"saves (\d+) to (\d+) % of the bits at equal accuracy", "bd_rate", {"method": "mfiba_skip"}),
+    (r"which sends all scales, (\d+) to (\d+) %", "bd_rate", {"method": "mfiba"}),
+    (r"takes (\d+) to (\d+) points more\s+off\s+the bits", "paired", {"method": "mfiba_skip", "other": "mfiba"}),
+    (r"brings (\d+) to (\d+) points more with skipping", "paired", {"method": "mfiba_skip", "other": "static_skip"}),
+    (r"more with skipping, (\d+) to (\d+) without", "paired", {"method": "mfiba", "other": "static"}),
+]
+
+
+@pytest.mark.parametrize(("claim", "table", "rows"), CLAIMS, ids=[claim for claim, *_ in CLAIMS])
+def test_a_claim_covers_the_numbers_of_the_reports(claim: str, table: str, rows: dict[str, str]) -> None:
+    found = read(f"reports/{table}.csv")
+    for column, value in rows.items():
+        found = found[found[column] == value]
+    savings = -found["bd_rate_pchip" if table == "bd_rate" else "difference"]
+    places = [(path, m) for path in DOCUMENTS for m in re.finditer(claim, path.read_text(encoding="utf-8"))]
+    assert places, f"no document claims: {claim}"
+    for path, said in places:
+        assert (int(said[1]), int(said[2])) == (round(savings.min()), round(savings.max())), f"{path.name}: {said[0]}"
+
+
+# ---------------------------------------------------------------- links
+
+
+def outside_code(text: str) -> str:
+    return re.sub(r"^```.*?^```|`[^`\n]+`", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub calls the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", outside_code(path.read_text(encoding="utf-8"))):
+        if link.startswith("http"):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (path.parent / place).resolve() if place else path
+        assert target.exists(), f"{path.name}: {link}: no such file"
+        assert not anchor or anchor in anchors(target), f"{path.name}: {link}: no such heading"
+
+
+def test_what_messages_of_stages_refer_to_is_a_heading_of_the_readme() -> None:
+    assert "README, COCO 2017" in (ROOT / "stages/lib/coco.py").read_text()
+    assert "coco-2017" in anchors(ROOT / "README.md")
+
+
+def test_the_readme_describes_every_stage_and_only_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert set(re.findall(r"^\| `(\w+)` \| .* \| [\d.]+ \|$", text, re.M)) == set(stages)
+    tree = re.search(r"## What is where\s+```(.*?)```", text, re.DOTALL)[1]
+    for name in re.findall(r"\w+\.(?:py|yaml)", tree):
+        assert (ROOT / name).exists() or (ROOT / "stages/lib" / name).exists(), f"{name} is in the tree only"
+
+
+# ---------------------------------------------------------------- commands
+
+UNTESTED = "**No test runs the commands of this page**"
+NEEDS = re.compile(r"^# needs ", re.MULTILINE)  # first line of a block that no test can run
+PLAIN = {"cd", "cp", "git", "ruff", ".", "python -m venv", "python -m tests.test_docs"}
+PARAMS = {folder: yaml.safe_load((ROOT / folder / "params.yaml").read_text()) for folder in ("", "profiles/smoke")}
+PARAMS |= {
+    f"profiles/{name}": yaml.safe_load((ROOT / f"profiles/{name}/params.yaml").read_text())
+    for name in ("coco", "study")
+}
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(block: str) -> Iterator[tuple[str, list[str]]]:
+    """Folder, words of each command of a block that starts in the root; without heredocs, assignments and comments."""
+    folder = ""
+    text = re.sub(r"<<(\w+)\n.*?^\1\n", "\n", block, flags=re.DOTALL | re.MULTILINE)
+    for words in map(_words, re.split(r"\n|&&|\|\|", text.replace("\\\n", " "))):
+        if words[:1] == ["cd"]:
+            folder = str(Path(folder) / words[1])
+        elif words:
+            yield folder, words
+
+
+def _words(line: str) -> list[str]:
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:  # a string of several lines: no command of this project
+        return []
+    return list(itertools.dropwhile(lambda word: re.match(r"\w+=", word), words))
+
+
+SHELL = [
+    pytest.param(path, block, id=f"{path.name}-{number}")
+    for path in DOCUMENTS
+    for number, block in enumerate(blocks(path, "sh"), 1)
+]
+
+
+def stage_names(params: dict) -> set[str]:
+    """As DVC resolves dvc.yaml: `stage`, `stage@item`, `stage@item-item`."""
+    names = set()
+    for name, definition in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        over = definition.get("matrix") or ({"": definition["foreach"]} if "foreach" in definition else {})
+        keys = [list(params[section.strip("${}")]) for section in over.values()]
+        names |= {name} if not keys else {f"{name}@{'-'.join(items)}" for items in itertools.product(*keys)}
+    return names
+
+
+def module_is_called_as_it_wants(module: str, words: list[str]) -> None:
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    known = [call.args for call in ast.walk(tree) if isinstance(call, ast.Call) and _name(call) == "add_argument"]
+    if known:
+        options = {arg.value for args in known for arg in args} | {"--help", "-h"}
+        assert {word for word in words if word.startswith("-") and not word[1:2].isdigit()} <= options
+    else:
+        (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+        assert len(words) == len(main.args.args), f"{module} takes {len(main.args.args)} arguments"
+
+
+def _name(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def has_key(params: dict, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(params, dict) or part not in params:
+            return False
+        params = params[part]
+    return True
+
+
+def dvc_is_called_as_it_can_be(folder: str, words: list[str]) -> None:
+    settings = [value for option, value in itertools.pairwise(words) if option in ("-S", "--set-param")]
+    for setting in settings:
+        assert has_key(PARAMS[folder], setting.partition("=")[0]), f"{folder}/params.yaml has no {setting}"
+    verb, rest = words[:2] if words[0] in ("exp", "metrics", "plots", "params") else words[:1], []
+    if verb in (["repro"], ["exp", "run"], ["commit"]):
+        taking = {"-S", "--set-param", "-n", "--name", "-j"}
+        rest = [
+            w for before, w in itertools.pairwise([*words[len(verb) - 1 :]]) if before not in taking and w[0] != "-"
+        ]
+    for target in rest:
+        file, _, stage = target.rpartition(":")
+        file, stage = (stage, "") if stage.endswith("dvc.yaml") else (file, stage)
+        place = str((Path(folder) / file).parent) if file else folder
+        params = PARAMS["" if place == "." else place]
+        assert not stage or stage in stage_names(params) | {n.partition("@")[0] for n in stage_names(params)}, target
+
+
+@pytest.mark.parametrize(("path", "block"), SHELL)
+def test_commands_name_what_exists(path: Path, block: str) -> None:
+    for folder, words in commands(block):
+        start = " ".join(words[:3]) if words[0] == "python" else words[0]
+        if words[:2] == ["python", "-m"] and words[2].startswith("stages."):
+            module_is_called_as_it_wants(words[2], words[3:])
+        elif words[0] == "torchrun":
+            at = words.index("-m")
+            module_is_called_as_it_wants(words[at + 1], words[at + 2 :])
+        elif words[0] == "dvc":
+            dvc_is_called_as_it_can_be(folder, words[1:])
+        elif words[0] == "pytest":
+            assert all((ROOT / word).exists() for word in words[1:] if not word.startswith("-"))
+        elif words[0] == "pip":
+            assert all((ROOT / words[n + 1]).exists() for n, word in enumerate(words) if word == "-r")
+        else:
+            assert start in PLAIN or NEEDS.search(block) or UNTESTED in path.read_text(), f"{path.name}: {start}"
+
+
+@pytest.mark.parametrize(("path", "block"), SHELL)
+def test_a_command_is_run_by_a_test_or_says_what_it_needs(path: Path, block: str) -> None:
+    if NEEDS.search(block) or UNTESTED in path.read_text(encoding="utf-8"):
+        return
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("*.py")) + (ROOT / ".ci/run").read_text()
+    stages = (ROOT / "dvc.yaml").read_text()
+    for folder, words in commands(block):
+        assert "coco" not in folder, f"{path.name}: {words}"
+        if words[:2] == ["python", "-m"] and words[2].startswith("stages."):
+            assert words[2] in tests + stages, f"{path.name}: no test runs {words[2]}"
+
+
+# ---------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path, "python")], ids=lambda path: path.name)
+def test_examples_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    for block in blocks(path, "python"):
+        exec(compile(block, path.name, "exec"), names)
+
+
+EXTENSIONS = blocks(ROOT / "docs/extending.md", "diff")
+TRIAL = """
+import numpy as np, sys, torch, yaml
+from pathlib import Path
+from stages.lib import allocation
+from stages.lib.coco import ground_truth, load_split
+from stages.lib.coding import CODECS, FeatureCodec, decode_scale, encode_scale
+from stages.lib.params import SCALES, check_params
+from stages.lib.planes import Packing
+
+params = yaml.safe_load(Path("profiles/smoke/params.yaml").read_text())
+params["codecs"]["deflate"] = {"packing": "pca"}
+params["tasks"]["persons"] = {"points": 5}
+params["models"]["small"]["tasks"].append("persons")
+params["cells"]["persons-deflate"] = {"task": "persons", "model": "small", "codec": "deflate"}
+check_params(params)
+
+torch.manual_seed(0)
+maps = torch.randn(2, 6, 8, 12)
+codec = FeatureCodec(CODECS["deflate"]({}).update(), Packing("tile", {}, {}), 6)
+errors, bits = [], []
+for level in map(codec.codec.level, params["lambdas"].values()):
+    records = encode_scale(maps, "0", level, codec)
+    received = decode_scale([record.data for record in records], "0", (8, 12), codec)
+    assert np.isclose((received - maps).square().mean().item(), np.mean([r.mse_feature for r in records]), rtol=1e-4)
+    errors.append(records[0].mse_feature)
+    bits.append(len(records[0].data))
+assert errors == sorted(errors)[::-1] and bits == sorted(bits)
+
+split = load_split(Path(sys.argv[1]), "test")
+persons, everything = ground_truth(split, "persons"), ground_truth(split, "detection")
+assert [c["name"] for c in persons.dataset["categories"]] == ["person"]
+assert 0 < len(persons.anns) < len(everything.anns)
+
+mean_bits = np.array([100.0, 200.0, 400.0])  # of every scale; losses that are a power of them
+mean = {"bits": mean_bits.tolist(), "loss": (30 * mean_bits**-0.5).tolist()}
+rate = {"slope": [1.0] * 3, "offset": np.log(mean_bits / 200).tolist()}
+fit = {"mean": dict.fromkeys(SCALES, mean), "rate": dict.fromkeys(SCALES, rate)}
+sensitivity = np.array([[0.5, 1.0, 2.0, 4.0, 8.0]])
+known = np.full((1, 5), 200.0)
+for lambda_prime in np.geomspace(1e-4, 1, 30):
+    ours = allocation.mfiba_power(sensitivity, known, fit, 1)(lambda_prime)
+    assert (ours == allocation.mfiba(sensitivity, known, fit, 1)(lambda_prime)).all()
+"""
+
+
+@pytest.mark.parametrize("number", range(len(EXTENSIONS)))
+def test_an_extension_takes_at_most_15_lines_besides_imports(number: int) -> None:
+    lines = [line[1:].strip() for line in EXTENSIONS[number].splitlines() if re.match(r"\+(?!\+\+)", line)]
+    assert len([line for line in lines if line and not re.match(r"import |from ", line)]) <= 15
+
+
+def test_the_extensions_work(tmp_path: Path, coco_root: Path) -> None:
+    from stages.lib.coco import make_splits
+
+    for name in ("stages", "profiles/smoke"):
+        ignored = shutil.ignore_patterns("__pycache__", "data", "reports", "dvc.lock")
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignored)
+    shutil.copy(ROOT / ".ruff.toml", tmp_path)
+    splits = make_splits(coco_root, {"train": 3, "fit": 2, "test": 2}, ["detection", "keypoints"])
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    for patch in EXTENSIONS:
+        subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=tmp_path, check=True)
+    for words in (["ruff", "check", "-q", "stages"], ["ruff", "format", "--check", "-q", "stages"]):
+        subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", TRIAL, "splits.json"], cwd=tmp_path, check=True)
+
+
+def test_the_columns_of_tables_are_those_of_the_code() -> None:
+    from stages import report
+    from stages.lib import coding, features, measuring, tables
+
+    text = " ".join((ROOT / "docs/formats.md").read_text(encoding="utf-8").split())
+    for columns in (coding.LEDGER, measuring.LOSSES, report.RD_POINTS, report.RESAMPLES, tables.BD_RATE):
+        assert f"`{', '.join(columns)}`" in text
+    assert features.INDEX[:2] == ["split", "image_id"]
+
+
+if __name__ == "__main__":
+    write_tables()
