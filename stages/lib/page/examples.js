@@ -70,19 +70,21 @@ function panel(title, note, { image_id, width, height }, shapes, skeletons) {
   const unit = Math.max(width, height) / 100; // 2 to 3 px on the screen
   const label = `${title}: ${shapes.map(labelOf).join(", ") || "nothing"}`;
   const picture = svg("image", { href: data.pictures[image_id], width, height, preserveAspectRatio: "none" });
-  const marks = shapes.map((shape) => drawn(shape, unit, skeletons[shape.label] ?? []));
+  const marks = shapes.map((shape) => drawn(shape, unit, width, skeletons[shape.label] ?? []));
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, picture, ...marks);
   return html("figure", {}, html("figcaption", {}, title, html("small", {}, note)), root);
 }
 
 // Lines with a black edge: they can be seen on any picture.
-function drawn(shape, unit, skeleton) {
+function drawn(shape, unit, width, skeleton) {
   const { path, x, y } = geometry(shape, unit, skeleton);
   const colour = data.palette[Math.max([...LABELS].sort().indexOf(shape.label), 0) % data.palette.length];
-  const line = (stroked, width) =>
-    svg("path", { d: path, style: `fill: none; stroke: ${stroked}; stroke-width: ${width * unit}` });
+  const line = (stroked, thick) =>
+    svg("path", { d: path, style: `fill: none; stroke: ${stroked}; stroke-width: ${thick * unit}` });
   const font = `font-size: ${5.5 * unit}px; stroke-width: ${1.2 * unit}px`;
-  const text = svg("text", { x: x + unit, y: Math.max(y - unit, 5.5 * unit), style: font }, labelOf(shape));
+  const anchor = x > 0.65 * width ? "end" : "start"; // the label stays inside
+  const at = { x: x + unit, y: Math.max(y - unit, 5.5 * unit), "text-anchor": anchor };
+  const text = svg("text", { ...at, style: font }, labelOf(shape));
   return svg("g", {}, line("black", 1.8), line(colour, 1), text);
 }
 

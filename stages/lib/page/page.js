@@ -354,7 +354,7 @@ function ledgerOf(parent, name, ledger) {
     rows.push(["image", PARTS.map((_, k) => sum(rows.map(([, bits]) => bits[k])))]);
     const total = sum(rows.at(-1)[1]);
     const root = svg("svg", { viewBox: `0 0 ${width} ${height}` });
-    const [left, right] = [62, width - 130];
+    const [left, right] = [72, width - 130];
     const points = [];
     rows.forEach(([row, bits], i) => {
       const y = i * 28 + 6;
