@@ -6,6 +6,7 @@ python -m tests.test_docs   writes the tables between `<!-- table: NAME -->` and
 import ast
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -230,7 +231,7 @@ def test_what_messages_of_stages_refer_to_is_a_heading_of_the_readme() -> None:
 def test_the_readme_describes_every_stage_and_only_files_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert set(re.findall(r"^\| `(\w+)` \| .* \| [\d.]+ \|$", text, re.M)) == set(stages)
+    assert set(re.findall(r"^\| `(\w+)` \| .* \| [\d.-]+ \|$", text, re.M)) == set(stages)
     tree = re.search(r"## What is where\s+```(.*?)```", text, re.DOTALL)[1]
     for name in re.findall(r"\w+\.(?:py|yaml)", tree):
         assert (ROOT / name).exists() or (ROOT / "stages/lib" / name).exists(), f"{name} is in the tree only"
@@ -357,7 +358,44 @@ def test_a_command_is_run_by_a_test_or_says_what_it_needs(path: Path, block: str
     for folder, words in commands(block):
         assert "coco" not in folder, f"{path.name}: {words}"
         if words[:2] == ["python", "-m"] and words[2].startswith("stages."):
-            assert words[2] in tests + stages, f"{path.name}: no test runs {words[2]}"
+            stage = words[2].removeprefix("stages.")  # test_bad_input calls them by their names
+            run = re.search(rf"stages\.{stage}\b|\"{stage} |from stages import {stage}\b", tests + stages)
+            assert run, f"{path.name}: no test runs {words[2]}"
+
+
+def test_two_runs_are_compared_by_the_commands_of_the_docs(tmp_path: Path) -> None:
+    """Those of docs/usage.md, but that only `prepare` runs, and one number of the metrics is changed by hand."""
+    (block,) = (block for block in blocks(ROOT / "docs/usage.md", "sh") if "metrics diff" in block)
+    run, *compare = (words for _, words in commands(block))
+    for name in ("stages", "profiles", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "reports/metrics.json"):
+        place = tmp_path / name
+        place.parent.mkdir(exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__", "data", "figures", "tables"))
+        else:
+            shutil.copy(ROOT / name, place)
+
+    def call(*words: str) -> str:
+        author = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | author | {"PATH": path}
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for words in ("git init -q", "dvc init -q", "git add .", "git commit -qm baseline"):
+        call(*words.split())
+    call(*run, "prepare")
+    metrics = json.loads((tmp_path / "reports/metrics.json").read_text())
+    was = metrics["detection"]["elic"]["mfiba_skip"]["bd_rate"]
+    metrics["detection"]["elic"]["mfiba_skip"]["bd_rate"] = -12.25
+    (tmp_path / "reports/metrics.json").write_text(json.dumps(metrics))
+    params, numbers, table = (call(*words) for words in compare)
+    assert re.search(r"tasks.detection.points +\| 7 +\| 6 ", params)
+    assert re.search(rf"detection.elic.mfiba_skip.bd_rate \| {was:.5f} +\| -12.25 ", numbers)
+    rows = [re.split(r" *\| *", line) for line in table.splitlines() if "|" in line]
+    assert [row[-2] for row in rows if "points-6" in row[1]] == ["6"]
+    assert any(f"{was:.3f}" in row for row in rows) and any("-12.25" in row for row in rows)
 
 
 # ---------------------------------------------------------------- examples
