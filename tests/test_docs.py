@@ -371,7 +371,9 @@ def test_two_runs_are_compared_by_the_commands_of_the_docs(tmp_path: Path) -> No
         place = tmp_path / name
         place.parent.mkdir(exist_ok=True)
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__", "data", "figures", "tables"))
+            shutil.copytree(
+                ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__", "data", "figures", "tables")
+            )
         else:
             shutil.copy(ROOT / name, place)
 
