@@ -12,8 +12,6 @@ import pandas as pd
 import pytest
 import yaml
 
-from stages.lib.bitstream import FRAME_BYTES
-
 ROOT = Path(__file__).parents[1]
 COCO_MINI = ROOT.parent / "shared" / "coco_mini"
 CONTRACT = {
@@ -85,6 +83,8 @@ def test_the_smallest_profile_ends_with_the_contract_tables(smoke: Path) -> None
 
 def test_bits_of_uniform_are_the_bytes_in_the_files(smoke: Path) -> None:
     import h5py
+
+    from stages.lib.bitstream import FRAME_BYTES
 
     params = yaml.safe_load((smoke / "params.yaml").read_text())
     points = pd.read_csv(smoke / "reports/rd_points.csv", keep_default_na=False)

@@ -17,6 +17,7 @@ from PIL import Image
 from stages.lib.params import InputError, check
 
 PICTURES = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # others can be programs, as EPS is
+RESERVE = 2**25  # bytes of a disk that no array takes: HDF5 writes once more where a file is closed
 TEXTS = {  # columns of tables, any table or one; the others hold numbers
     *("task", "codec", "method", "split", "scale", "accuracy_name", "kind", "size", "name", "quantity"),
     *("part", "description", "sees_labels", "reference", "rate_control.bits"),
@@ -41,13 +42,15 @@ def atomic(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException as error:
         _remove(scratch)
-        if isinstance(error, OSError) and _is_disk_full(error):
+        if _is_disk_full(error):
             raise InputError(f"{path}: the disk is full; free some space and run the stage again") from None
         raise
 
 
-def _is_disk_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT) or "errno = 28" in str(error)  # h5py tells it in words only
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT) or "errno = 28" in str(error)  # h5py: in words only
+    return isinstance(error, RuntimeError) and "inline_container" in str(error)  # what torch.save could not write
 
 
 def disk_check(path: Path, needed_bytes: float) -> None:
@@ -134,7 +137,11 @@ def create_h5(path: Path) -> h5py.File:
 
 
 def write_array(group: h5py.Group, name: str, values: np.ndarray, **filters: Any) -> None:
-    """One chunk with a checksum: a flipped bit is an error when it is read."""
+    """One chunk with a checksum: a flipped bit is an error when it is read.
+
+    Fails before the disk is full: HDF5 cannot close a file that it cannot write, and may end the process.
+    """
+    disk_check(Path(group.file.filename), values.nbytes + RESERVE)
     if values.size:
         group.create_dataset(name, data=values, chunks=values.shape, fletcher32=True, **filters)
     else:
