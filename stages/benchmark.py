@@ -212,7 +212,7 @@ def table(report: dict[str, Any]) -> str:
     of_measuring = ["detector", "size", "device", "images", "measure", "plain loop", "ratio", "goal", "equal results"]
     grown, (few, *_, many) = report["growth"], report["growth"]["times"]
     ratio = f"{many} x to {few} x images"
-    of_growth = ["stage", "items", "seconds", ratio, "goal", "peak memory, MiB", ratio, "goal"]
+    of_growth = ["stage", "items", "seconds", ratio, "goal", "peak, MiB", ratio, "goal"]
     facts = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     tables = (
         ("Codecs", head, rows),
