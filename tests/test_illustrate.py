@@ -115,7 +115,7 @@ TASKS = ("detection", "keypoints")
 def seer(root, features) -> Iterator[Seer]:  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         found = Seer(root, features)
-        patch.setattr(measuring, "detect", found.detect)
+        patch.setattr(measuring, "detect_variants", found.detect)
         yield found
 
 
@@ -124,11 +124,10 @@ def shown(seer, features, feature_codec, predictor, coded, tmp_path_factory):  #
     """`illustrate` of all images that have objects, and what it was given."""
     tmp_path = tmp_path_factory.mktemp("losses")
     truth = truths({task: seer.coco[task] for task in TASKS})
-    own = uncoded_accuracies(seer, features, predictor, truth)
+    own = uncoded_accuracies(seer, features, predictor, truth, features.image_ids)
     write_csv(tmp_path / "uncoded.csv", own)
-    for quality in QUALITIES:
-        files = coded / f"{quality}.h5", feature_codec, coded / f"{quality}.csv"
-        losses = single_scale_losses(seer, features, *files, predictor, truth, own)
+    measure = single_scale_losses(seer, features, coded, list(QUALITIES), feature_codec, predictor, truth, own)
+    for quality, losses in measure(features.image_ids).groupby("quality"):
         write_csv(tmp_path / f"{quality}.csv", losses)
     cells, rng = {}, np.random.default_rng(1)
     for task in TASKS:
@@ -183,7 +182,7 @@ def test_detections_and_losses_are_those_of_the_decoded_pyramids(
     coded,  # noqa: F811
 ) -> None:
     clean = clean_pyramids(features)
-    decoded = [decoded_pyramids(coded / f"{quality}.h5", feature_codec) for quality in QUALITIES]
+    decoded = [decoded_pyramids(coded / quality, features, feature_codec) for quality in QUALITIES]
     names, losses = {i: c["name"] for i, c in seer.coco["detection"].cats.items()}, []
     for task, found in shown[0].items():
         for example in found["examples"]:
