@@ -168,15 +168,16 @@ def read_pictures(folder: Path, places: Iterable[dict[str, str]], cells: dict[tu
 
 def read_bound(folder: Path) -> bound_tables.Study:
     """What `bound` wrote of one cell."""
-    return bound_tables.Study(
-        *(
-            _read(place / f"{name}.csv", columns)
-            for place in (folder, folder / "mirrored")
-            for name, columns in (("points", RD_POINTS), ("bootstrap", RESAMPLES))
-        ),
-        _read(folder / "additivity.csv", ADDITIVITY),
-        _read(folder / "enumeration.csv", ENUMERATION),
+    points, bootstrap, points_mirrored, bootstrap_mirrored = (
+        _read(place / f"{name}.csv", columns)
+        for place in (folder, folder / "mirrored")
+        for name, columns in (("points", RD_POINTS), ("bootstrap", RESAMPLES))
     )
+    additivity, enumeration = (
+        _read(folder / f"{name}.csv", columns)
+        for name, columns in (("additivity", ADDITIVITY), ("enumeration", ENUMERATION))
+    )
+    return bound_tables.Study(points, bootstrap, points_mirrored, bootstrap_mirrored, additivity, enumeration)
 
 
 def read_ablation(folder: Path) -> dict[str, pd.DataFrame]:

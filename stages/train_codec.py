@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -31,7 +32,7 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
     data = Features(features, "train")
     channels = len(data.scale(data.image_ids[0], "0"))
     torch.manual_seed(params["seed"])
-    codec = build_codec(config)
+    codec: Any = build_codec(config)  # its type follows from config
     if wanted.get("init"):
         start = read_checkpoint(Path(wanted["init"]), "config", "packing", "channels")
         for key, value in config.items():

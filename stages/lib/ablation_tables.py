@@ -36,7 +36,10 @@ def ablation_tables(
 ) -> list[Table]:
     """ablation.csv, and of each study sizes.csv and rate_control.csv -> what each part of the method buys."""
     return [
-        *(_ablation_table(*cell, rows) for cell, rows in ablations.groupby(["task", "codec"], sort=False)),
+        *(
+            _ablation_table(task, codec, rows)
+            for (task, codec), rows in ablations.groupby(["task", "codec"], sort=False)
+        ),
         *(
             _sizes_table(study, quantity, rows)
             for study, table in sizes.items()
@@ -47,7 +50,7 @@ def ablation_tables(
 
 
 def _ablation_table(task: str, codec: str, ablations: pd.DataFrame) -> Table:
-    rows, notes = [], {}
+    rows, notes = [], dict[str, int]()
     for part, of_part in ablations.groupby("part", sort=False):
         rows.append([f"{part}:", "", "", ""])
         for _, row in of_part.iterrows():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -134,13 +134,16 @@ def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: S
         x_hat, bits = codec(x, lmbda)
         return ((x_hat.float() - x).square() * mask).flatten(1).sum(1), bits
 
+    def group(learning: list[nn.Parameter], lr: float) -> dict[str, Any]:
+        return {"params": learning, "lr": lr}
+
     log = []
     for errors_and_bits, steps, groups in (
-        (latent_error, schedule.entropy_steps, [{"params": others, "lr": schedule.lr}]),
+        (latent_error, schedule.entropy_steps, [group(others, schedule.lr)]),
         (
             plane_error,
             schedule.steps,
-            [{"params": others, "lr": schedule.lr}, {"params": transform, "lr": schedule.lr * TRANSFORM_RATE}],
+            [group(others, schedule.lr), group(transform, schedule.lr * TRANSFORM_RATE)],
         ),
     ):
         if steps == 0:

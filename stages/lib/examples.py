@@ -20,7 +20,7 @@ from matplotlib.path import Path as Polygon
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
-from torch import nn
+from torchvision.models.detection import FasterRCNN
 
 from stages.lib.ablation import measured
 from stages.lib.accuracy import match_variants
@@ -108,7 +108,7 @@ def matched(anchor_bits: np.ndarray, bits: np.ndarray) -> np.ndarray:
 
 
 def illustrate(
-    detector: nn.Module,
+    detector: FasterRCNN,
     features: Features,
     decode: Callable[[list[int]], list[Pyramid]],
     predictor: Predictor,
@@ -220,9 +220,9 @@ def outlines(mask: np.ndarray) -> list[list[float]]:
     grid = np.pad(mask[::step, ::step], 1)  # outlines are closed at the image's border, too
     found = []
     for line in contourpy.contour_generator(z=grid.astype(float)).lines(0.5):
-        path = Polygon(line)
+        path = Polygon(np.asarray(line))
         path.should_simplify, path.simplify_threshold = True, SIMPLIFIED
-        vertices = path.cleaned(simplify=True).vertices[:-1]  # after the last, (0, 0) marks the end
+        vertices = np.asarray(path.cleaned(simplify=True).vertices)[:-1]  # after the last, (0, 0) marks the end
         found.append(np.round((vertices - 0.5) * step, 1).ravel().tolist())  # pixel centres are at 0.5
     return found
 

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 from pycocotools.coco import COCO
-from torch import Tensor, nn
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 
 from stages.lib.accuracy import Matches, average_precision, bootstrap_weights, match_variants, merge, per_image, results
 from stages.lib.bitstream import FRAME_BYTES
@@ -56,7 +57,7 @@ def read_truths(splits: Path, split: str, tasks: list[str]) -> Truths:
 
 
 def uncoded_accuracies(
-    detector: nn.Module, features: Features, predictor: Predictor, truth: Truths, image_ids: list[int]
+    detector: FasterRCNN, features: Features, predictor: Predictor, truth: Truths, image_ids: list[int]
 ) -> pd.DataFrame:
     """Uncoded features of some images -> rows task, split, image_id, scale, clean, utility, loss_skipped.
 
@@ -79,7 +80,7 @@ def uncoded_accuracies(
 
 
 def single_scale_losses(
-    detector: nn.Module,
+    detector: FasterRCNN,
     features: Features,
     coded: Path,
     qualities: list[str],
@@ -127,14 +128,14 @@ def single_scale_losses(
 
 
 def _own(
-    detector: nn.Module, variants: list[Pyramid], image_ids: list[int], features: Features, truth: Truths
+    detector: FasterRCNN, variants: list[Pyramid], image_ids: list[int], features: Features, truth: Truths
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Variants of the pyramids of some images -> task -> each image's own AP, NaN without truth, and utility.
 
     Both are [variants, images].
     """
     keys = [(v, i) for v in range(len(variants)) for i in image_ids]
-    sizes, asked = ([of(i) for _, i in keys] for of in (features.sizes, truth.labels))
+    sizes, asked = [features.sizes(i) for _, i in keys], [truth.labels(i) for _, i in keys]
     found: dict[str, list[list[dict]]] = {task: [[] for _ in variants] for task in truth.coco}
     for (v, i), detection in zip(keys, detect_variants(detector, _shared(variants), sizes, asked), strict=True):
         for task in truth.coco:
@@ -181,7 +182,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluator(
-    detector: nn.Module,
+    detector: FasterRCNN,
     features: Features,
     coded: Path,
     qualities: list[str],
@@ -261,11 +262,15 @@ def _read_points(path: Path, task: str, numbers: list[int]) -> list[Matches]:
     with open_h5(path, "evaluate") as file:
         group = file[task]
         offsets, utility = group["offsets"][first : last + 1], group["utility"][first:last]
-        of_detections = [group[name][offsets[0] : offsets[-1]] for name in OF_DETECTIONS]
+        of_detections = {name: group[name][offsets[0] : offsets[-1]] for name in OF_DETECTIONS}
         image_ids, n_positive = group["image_ids"][:], group["n_positive"][:]
+    of_points = (
+        {name: values[start:end] for name, values in of_detections.items()}
+        for start, end in pairwise(offsets - offsets[0])
+    )
     return [
-        Matches(image_ids, *(values[start:end] for values in of_detections), n_positive=n_positive, utility=of_point)
-        for (start, end), of_point in zip(pairwise(offsets - offsets[0]), utility, strict=True)
+        Matches(image_ids=image_ids, n_positive=n_positive, utility=of_point, **found)
+        for found, of_point in zip(of_points, utility, strict=True)
     ]
 
 
@@ -288,7 +293,7 @@ def decoder(
 
 
 def joint_matches(
-    detector: nn.Module,
+    detector: FasterRCNN,
     decoded: list[Pyramid],
     predictor: Predictor,
     image_ids: list[int],
@@ -318,7 +323,7 @@ def joint_matches(
 
 
 def joint_results(
-    detector: nn.Module,
+    detector: FasterRCNN,
     decoded: list[Pyramid],
     predictor: Predictor,
     image_ids: list[int],
@@ -327,10 +332,11 @@ def joint_results(
     wanted: dict[Variant, set[str]],
 ) -> dict[str, dict[Variant, list[dict[str, Any]]]]:
     """Pyramids of the images `image_ids` at every quality -> task -> COCO's results of the variants wanted for it."""
-    place, sizes, labels = ({i: of(i) for i in image_ids} for of in (image_ids.index, features.sizes, truth.labels))
+    place = {i: row for row, i in enumerate(image_ids)}
+    labels = {i: truth.labels(i) for i in image_ids}
     variants = _assemble(decoded, predictor, [(place[i], phi) for i, phi in wanted])
     asked = [{task: labels[i][task] for task in tasks} for (i, _), tasks in wanted.items()]
-    detections = detect_variants(detector, variants, [sizes[i] for i, _ in wanted], asked)
+    detections = detect_variants(detector, variants, [features.sizes(i) for i, _ in wanted], asked)
     found: dict[str, dict[Variant, list[dict]]] = {task: {} for task in truth.coco}
     for (variant, tasks), detection in zip(wanted.items(), detections, strict=True):
         for task in tasks:
@@ -340,7 +346,8 @@ def joint_results(
 
 def _assemble(decoded: list[Pyramid], predictor: Predictor, wanted: list[Variant]) -> Variants:
     """Pyramids at every quality, (image, phi of each scale) -> these variants; a skipped scale is predicted."""
-    maps, at = {}, {}
+    maps: Pyramid = {}
+    at: dict[str, list[int]] = {}
     for scale in COARSE_TO_FINE:
         s, coarser = SCALES.index(scale), COARSER.get(scale)
         # A map is an image's at a quality, or what is predicted from one of the coarser scale's.

@@ -55,6 +55,10 @@ class MFIP(nn.Module):
     are not reproduced, since `fit` has few images and noisy labels, and the input is the sender's own pyramid.
     """
 
+    mean: Tensor
+    std: Tensor
+    log_mean_weight: Tensor
+
     def __init__(self, feature_channels: int, channels: int):
         super().__init__()
         width = 3 * feature_channels + OBJECTNESS
@@ -153,8 +157,8 @@ def train(
     {network: {kl, mae}, constant: {kl, mae}, gain: {kl, standard_error}, correlation per scale, epochs of the folds};
     sensitivity: scale -> {r2, ridge}, held out, against the mean label.
     """
-    image_ids, statistics = collect(described)
-    statistics = torch.from_numpy(statistics)
+    image_ids, collected = collect(described)
+    statistics = torch.from_numpy(collected)
     unknown = set(image_ids.tolist()) ^ set(labels)
     if unknown:
         raise InputError(
@@ -306,16 +310,16 @@ def fit_sensitivity(standard: Tensor, label: Tensor, constant: bool, kinds: Iter
     best = error.argmin(0)
     everything = torch.ones(len(label), dtype=torch.bool)
     solved = {c: solve(everything, candidates[c]) for c in set(best.tolist())}
-    weight, bias, report = [], [], []
+    weights, biases, report = [], [], []
     for s, c in enumerate(best.tolist()):
         slopes, all_bias = solved[c]
-        weight.append(slopes[:, s] * share.flatten())
-        bias.append(all_bias[s])
+        weights.append(slopes[:, s] * share.flatten())
+        biases.append(all_bias[s])
         variance = label[:, s].var(correction=0).item()
         r2 = 1 - error[c, s].item() / variance if variance > LEAST_STD else None
         report.append({"r2": r2, "ridge": candidates[c]})
     chosen = predicted.gather(0, best[None, None].expand(1, *label.shape))[0]
-    return Sense(torch.stack(weight), torch.stack(bias), chosen, report)
+    return Sense(torch.stack(weights), torch.stack(biases), chosen, report)
 
 
 def learned_sensitivity(

@@ -99,7 +99,7 @@ def resnet10_fpn(num_classes: int, num_keypoints: int, min_size: int, max_size: 
     return model
 
 
-def build(params: dict, num_classes: int, num_keypoints: int) -> nn.Module:
+def build(params: dict, num_classes: int, num_keypoints: int) -> FasterRCNN:
     """The network that `models.<name>` of params.yaml describes, with random weights."""
     size = {"min_size": params["image_size"]["min"], "max_size": params["image_size"]["max"]}
     if params["architecture"] == "resnet10_fpn":
@@ -198,7 +198,7 @@ def _floats(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
-def load_model(path: Path, params: dict) -> nn.Module:
+def load_model(path: Path, params: dict) -> FasterRCNN:
     """The detector of a file written by `train_model`, in eval mode on DEVICE."""
     checkpoint = read_checkpoint(path, "num_classes", "num_keypoints")
     model = build(params, checkpoint["num_classes"], checkpoint["num_keypoints"])
@@ -214,7 +214,7 @@ def read_image(path: Path) -> Tensor:
 
 
 @torch.inference_mode()
-def pyramid_of(model: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Sizes]:
+def pyramid_of(model: FasterRCNN, image: Tensor) -> tuple[dict[str, Tensor], Sizes]:
     """One image [3, H, W] in [0, 1] -> its pyramid, scale -> [1, C, H_s, W_s], and its sizes.
 
     One image at a time: in a batch torchvision pads all images to the largest one, and the features would depend on
@@ -222,7 +222,8 @@ def pyramid_of(model: nn.Module, image: Tensor) -> tuple[dict[str, Tensor], Size
     """
     images, _ = model.transform([image.to(DEVICE)])
     pyramid = model.backbone(images.tensors)
-    return dict(pyramid), Sizes(tuple(image.shape[-2:]), images.image_sizes[0], tuple(images.tensors.shape[-2:]))
+    (height, width), (rows, columns) = image.shape[-2:], images.tensors.shape[-2:]
+    return dict(pyramid), Sizes((height, width), images.image_sizes[0], (rows, columns))
 
 
 Asked = dict[str, set[int] | None]  # task -> the labels whose masks or keypoints it needs; None: all
@@ -237,7 +238,7 @@ class Variants(NamedTuple):
 
 @torch.inference_mode()
 def detect(
-    model: nn.Module,
+    model: FasterRCNN,
     pyramid: dict[str, Tensor],
     sizes: list[Sizes],
     tasks: set[str],
@@ -256,7 +257,7 @@ def detect(
 
 @torch.inference_mode()
 def detect_variants(
-    model: nn.Module, variants: Variants, sizes: list[Sizes], tasks: list[Asked]
+    model: FasterRCNN, variants: Variants, sizes: list[Sizes], tasks: list[Asked]
 ) -> list[dict[str, Any]]:
     """`detect`, each variant for tasks of its own; what follows from equal maps is computed once.
 
@@ -272,7 +273,9 @@ def detect_variants(
     return found
 
 
-def _run_heads(model: nn.Module, variants: Variants, sizes: list[Sizes], tasks: list[Asked]) -> list[dict[str, Tensor]]:
+def _run_heads(
+    model: FasterRCNN, variants: Variants, sizes: list[Sizes], tasks: list[Asked]
+) -> list[dict[str, Tensor]]:
     """torchvision's detections before its `postprocess`: in the resized image, masks [n, 1, 28, 28] in their boxes."""
     heads, shapes = model.roi_heads, [s.resized for s in sizes]
 
@@ -403,7 +406,7 @@ def _counts(mask: bytes, x1: int, y1: int, x2: int, y2: int, height: int, width:
     return rle.encode(whole)[0]["counts"]
 
 
-def save_model(path: Path, model: nn.Module, num_classes: int, num_keypoints: int, half: bool) -> None:
+def save_model(path: Path, model: FasterRCNN, num_classes: int, num_keypoints: int, half: bool) -> None:
     """Write what `load_model` reads. `half`: matrices as float16, half the bytes; what is saved is what is measured."""
     state = {k: v.half() if half and v.ndim > 1 else v for k, v in model.state_dict().items()}
     with atomic(path) as scratch:

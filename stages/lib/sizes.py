@@ -43,7 +43,10 @@ def of_images(matches: Matches, keep: np.ndarray) -> Matches:
     return Matches(
         matches.image_ids[keep],
         position[matches.image[there]],
-        *(getattr(matches, name)[there] for name in ("category", "score", "matched", "ignored")),
+        matches.category[there],
+        matches.score[there],
+        matches.matched[there],
+        matches.ignored[there],
         n_positive=matches.n_positive[keep],
         utility=matches.utility[keep],
     )

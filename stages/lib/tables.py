@@ -6,7 +6,7 @@ The LaTeX needs the package booktabs only.
 import re
 import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -204,7 +204,7 @@ def metrics(points: pd.DataFrame, bd: pd.DataFrame) -> dict:
     """rd_points and bd_rate -> {task: {codec: {uncoded_accuracy, ..., <method>: {bd_rate, ci_low, ci_high}}}}."""
     out: dict = {}
     for (task, codec), rows in points.groupby(["task", "codec"], sort=False):
-        found = {name: _or_null(value) for name, value in _uncoded(rows)._asdict().items()}
+        found: dict[str, Any] = {name: _or_null(value) for name, value in _uncoded(rows)._asdict().items()}
         for row in bd[(bd["task"] == task) & (bd["codec"] == codec)].itertuples():
             numbers = {"bd_rate": row.bd_rate_pchip, "ci_low": row.ci_low, "ci_high": row.ci_high}
             found[row.method] = {name: _or_null(value) for name, value in numbers.items()}
