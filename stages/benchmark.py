@@ -30,10 +30,11 @@ from stages.lib.growth import growth
 from stages.lib.learned import STRIDE, LearnedCodec
 from stages.lib.models import DEVICE
 from stages.lib.online import run
-from stages.lib.params import InputError, load_params
+from stages.lib.params import load_params
 from stages.lib.plain_measuring import compare, profile_case, random_case
 from stages.lib.planes import Packing, pack, plane_shape
 from stages.lib.progress import progress
+from stages.lib.schema import InputError
 from stages.lib.shards import map_in_memory
 
 DATA, OUT = Path("data"), Path("reports/benchmark.json")

@@ -11,12 +11,14 @@ import torch
 
 from stages.lib import codec_training
 from stages.lib.coding import FeatureCodec, build_codec, load_codec_weights, load_published, save_codec
+from stages.lib.command import entry
 from stages.lib.features import Features
 from stages.lib.files import write_csv
 from stages.lib.models import read_checkpoint
-from stages.lib.params import InputError, entry, load_params
+from stages.lib.params import load_params
 from stages.lib.planes import Packing
 from stages.lib.ranks import join, place
+from stages.lib.schema import InputError
 
 CONFIG = ("packing", "network", "lambda_range", "gains")  # what the weights depend on
 

@@ -17,10 +17,11 @@ from stages.lib import ablation, ablation_tables, figures, mfip, sizes, tables
 from stages.lib.ablation import ROWS, SEES_LABELS, Senses, rate_control, variants
 from stages.lib.accuracy import Matches, average_precision, merge
 from stages.lib.allocation import Importance, allocate, allocation_table, column, mean_bits_per_image
+from stages.lib.evaluating import Choices
 from stages.lib.files import read_csv, write_csv
 from stages.lib.loss_rate import Curves, fit_scales, mean_loss, predicted_bits, sensitivity_labels
-from stages.lib.measuring import Choices
-from stages.lib.params import SCALES, SKIPPED, InputError, check_params
+from stages.lib.params import SCALES, SKIPPED, check_params
+from stages.lib.schema import InputError
 from stages.lib.senses import score_gradients
 
 K, PRECODE, SEED = 4, 1, 3

@@ -37,11 +37,12 @@ from stages.lib.bound import (
 )
 from stages.lib.bound_tables import PEERS, Study, bound_tables, describe, parts_of
 from stages.lib.coding import FeatureCodec, pyramid_shapes
+from stages.lib.evaluating import Choices, bits_of, tabulate
 from stages.lib.features import Features
 from stages.lib.figures import additivity_figure
 from stages.lib.learned import Coded
 from stages.lib.loss_rate import Curves
-from stages.lib.measuring import Choices, bits_of, tabulate, truths
+from stages.lib.measuring import truths
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, SKIPPED
 from stages.lib.planes import Packing

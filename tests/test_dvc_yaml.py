@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-PLUMBING = {"params", "files", "progress", "shards"}  # what a stage computes does not depend on them
+PLUMBING = {"command", "params", "schema", "files", "progress", "shards"}  # no result of a stage depends on them
 
 
 def imported(file: Path) -> set[str]:

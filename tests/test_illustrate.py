@@ -28,10 +28,11 @@ from stages.lib import examples, measuring
 from stages.lib.accuracy import match
 from stages.lib.allocation import Importance
 from stages.lib.bitstream import FRAME_BYTES
+from stages.lib.evaluating import bits_of
 from stages.lib.examples import KINDS, PER_KIND, Cell, Choices, illustrate, matched, outlines, ranked, savings
 from stages.lib.files import write_csv
 from stages.lib.loss_rate import fit_scales, read_curves
-from stages.lib.measuring import bits_of, decoder, single_scale_losses, truths, uncoded_accuracies
+from stages.lib.measuring import decoder, single_scale_losses, truths, uncoded_accuracies
 from stages.lib.params import SCALES, SKIPPED
 
 # ---------------------------------------------------------------- the rule

@@ -13,7 +13,8 @@ from stages.lib.allocation import read_importance
 from stages.lib.files import read_csv, write_csv
 from stages.lib.loss_rate import importance_labels, sensitivity_labels
 from stages.lib.mfip import CONSTANT, LEAST_SENSITIVITY, MFIP, OBJECTNESS
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
+from stages.lib.schema import InputError
 
 C, N = 4, 120
 PARAMS = {"channels": 16, "epochs": 30, "lr": 2e-3, "validation": 0.2}

@@ -22,21 +22,19 @@ from stages.lib import detector_training, models, shapes
 from stages.lib.coco import Split
 from stages.lib.detector_training import DetectionDataset, mirrored_order
 from stages.lib.features import Features
+from stages.lib.heads import Variants, detect, detect_variants, run_lengths
 from stages.lib.models import (
     Sizes,
-    Variants,
     build,
-    detect,
-    detect_variants,
     load_model,
     load_weights,
     published_state,
     pyramid_of,
     read_checkpoint,
-    run_lengths,
     save_model,
 )
-from stages.lib.params import ARCHITECTURES, SCALES, TASKS, InputError
+from stages.lib.params import ARCHITECTURES, SCALES, TASKS
+from stages.lib.schema import InputError
 
 PARAMS = {"architecture": "resnet10_fpn", "image_size": {"min": 64, "max": 96}}
 CLASSES, KEYPOINTS = 7, 7

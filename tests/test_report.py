@@ -17,11 +17,12 @@ from PIL import Image
 from pytest import approx
 
 from stages import report
-from stages.lib import figures, references, tables
+from stages.lib import comparing, figures, references
 from stages.lib.bd_rate import Curve, bd_rate
 from stages.lib.files import read_csv, read_json, write_csv, write_json
 from stages.lib.loss_rate import Curves, fit_scales
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
+from stages.lib.schema import InputError
 
 ROOT = Path(__file__).parents[1]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -271,8 +272,8 @@ def test_a_paired_interval_holds_the_differences_of_the_same_resamples() -> None
         both = [[p for p in resamples if p["method"].iloc[0] == m] for m in ("uniform", method)]
         curves = [[Curve(p["bits_per_image"].to_numpy(), p["accuracy"].to_numpy()) for p in part] for part in both]
         deltas[method] = np.array([bd_rate(*pair).pchip for pair in zip(*curves, strict=True)])
-    compared = tables.compare(pd.concat(points), pd.concat(resamples).sample(frac=1, random_state=0))
-    found = tables.paired(compared)
+    compared = comparing.compare(pd.concat(points), pd.concat(resamples).sample(frac=1, random_state=0))
+    found = comparing.paired(compared)
     second = found[found["method"] == "mfiba_skip"].set_index("other")
     assert second.index.tolist() == ["twin", "mfiba", "free"]
     assert second.loc["mfiba", ["difference", "ci_low", "ci_high"]].max() < -25
@@ -290,7 +291,7 @@ def test_a_paired_interval_holds_the_differences_of_the_same_resamples() -> None
 def test_without_the_hero_nothing_is_paired() -> None:
     points = pd.DataFrame({"task": "detection", "codec": "elic", "method": ["uniform"] * 2, "point": [0, 1]})
     points = points.assign(bits_per_image=[1e3, 2e3], accuracy=[0.1, 0.2])
-    assert tables.paired(tables.compare(points, points.assign(resample=0))).empty
+    assert comparing.paired(comparing.compare(points, points.assign(resample=0))).empty
 
 
 def test_a_codec_of_a_fifth_fewer_bits_than_hevc_saves_20_percent() -> None:
@@ -303,16 +304,16 @@ def test_a_codec_of_a_fifth_fewer_bits_than_hevc_saves_20_percent() -> None:
         luck = [curve.assign(resample=r, bits_per_image=factor * bits * (1 + r / 100)) for r in range(5)]
         resamples["detection", codec] = pd.concat([*luck, luck[0].assign(method="static")])
     points = pd.concat([*points, points[0].assign(method="static", bits_per_image=1.0)])
-    found = tables.codec_bd_rates(points, resamples).set_index("codec")
+    found = comparing.codec_bd_rates(points, resamples).set_index("codec")
     assert found.index.tolist() == ["elic", "tcm"] and set(found["anchor"]) == {"hevc"}
     for codec, saved in (("elic", -20), ("tcm", -50)):
         assert found.loc[codec, ["bd_rate_pchip", "ci_low", "ci_high"]].tolist() == pytest.approx([saved] * 3)
-    without = tables.codec_bd_rates(points[points["codec"] != "hevc"], resamples)
-    assert without.empty and without.columns.tolist() == ["task", "codec", *tables.BD_RATE[3:]]
+    without = comparing.codec_bd_rates(points[points["codec"] != "hevc"], resamples)
+    assert without.empty and without.columns.tolist() == ["task", "codec", *comparing.BD_RATE[3:]]
 
 
 def test_a_codecs_curve_is_the_mean_over_fit_of_bits_and_psnr() -> None:
-    curve = tables.rate_distortion([ledger(0), ledger(3)]).set_index("scale")
+    curve = comparing.rate_distortion([ledger(0), ledger(3)]).set_index("scale")
     assert len(curve) == 2 * len(SCALES)
     for scale, pixels in PIXELS.items():
         assert curve.loc[scale, "bits"].tolist() == [pixels / 8, pixels]
@@ -322,14 +323,14 @@ def test_a_codecs_curve_is_the_mean_over_fit_of_bits_and_psnr() -> None:
 
 def test_a_codec_with_a_fifth_less_rate_saves_a_fifth_of_hevcs_on_every_scale() -> None:
     curves = {
-        ("small", codec): tables.rate_distortion([ledger(q, rate) for q in range(6)])
+        ("small", codec): comparing.rate_distortion([ledger(q, rate) for q in range(6)])
         for codec, rate in (("elic", 0.8), ("hevc", 1.0))
     }
-    found = tables.feature_bd_rates(curves)
+    found = comparing.feature_bd_rates(curves)
     assert found["scale"].tolist() == list(SCALES) and set(found["codec"]) == {"elic"}
     assert found["bd_rate_pchip"].to_numpy() == approx(-20) and found["bd_rate_akima"].to_numpy() == approx(-20)
     assert found["overlap"].to_numpy() == approx(1)
-    assert tables.feature_bd_rates({("small", "elic"): curves["small", "elic"]}).empty
+    assert comparing.feature_bd_rates({("small", "elic"): curves["small", "elic"]}).empty
 
 
 def test_a_model_that_finds_nothing_is_reported_as_such(profile: Path) -> None:
@@ -439,7 +440,7 @@ def test_the_same_tables_give_the_same_bytes(profile: Path, tmp_path: Path, monk
 
 
 def test_a_codec_is_drawn_beside_hevc_and_one_that_was_trained_with_its_loss(tmp_path: Path) -> None:
-    curves = {codec: tables.rate_distortion([ledger(q) for q in range(4)]) for codec in ("elic", "hevc")}
+    curves = {codec: comparing.rate_distortion([ledger(q) for q in range(4)]) for codec in ("elic", "hevc")}
     trained, kept = pd.DataFrame({"step": [100, 200], "loss": [3.0, 2.0]}), pd.DataFrame({"step": [], "loss": []})
     texts = []
     for name, loss in (("trained", trained), ("kept", kept)):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from stages.lib.coding import load_published
 from stages.lib.learned import Family, LearnedCodec
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 from stages.lib.tcm import LicTcm, SwinAttention, TcmBlock, WindowAttention, swin
 
 WINDOW = 4

@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from stages.lib.tables import ANCHOR, BD_RATE, Table, bd_cell, bracketed, compare, label_aware_note, number, paired
+from stages.lib.comparing import ANCHOR, BD_RATE, compare, paired
+from stages.lib.tables import Table, bd_cell, bracketed, label_aware_note, number
 
 ABLATION = [
     "task",

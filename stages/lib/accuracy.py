@@ -18,7 +18,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
-from stages.lib.params import TASKS, InputError
+from stages.lib.params import TASKS
+from stages.lib.schema import InputError
 
 if TYPE_CHECKING:  # only annotations need torch: resampling must start at once
     from torch import Tensor

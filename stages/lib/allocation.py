@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from stages.lib.loss_rate import Curves, importance_labels, predicted_bits, read_table
-from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED, InputError
+from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED
+from stages.lib.schema import InputError
 
 NOISE_FLOOR = 0.01  # upstream: smaller drops count as none
 LEAST_WEIGHT = 1e-8  # upstream

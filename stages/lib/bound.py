@@ -29,21 +29,19 @@ from torchvision.models.detection import FasterRCNN
 from stages.lib.accuracy import Matches, match_variants, merge
 from stages.lib.allocation import oracle, with_skipping
 from stages.lib.coding import FeatureCodec
-from stages.lib.features import Features
-from stages.lib.loss_rate import Curves
-from stages.lib.measuring import (
+from stages.lib.evaluating import (
     Choices,
     Evaluation,
-    Pyramid,
-    Truths,
     Variant,
     bits_of,
     choices_of,
-    decoder,
     joint_matches,
     joint_results,
     tabulate,
 )
+from stages.lib.features import Features
+from stages.lib.loss_rate import Curves
+from stages.lib.measuring import Pyramid, Truths, decoder
 from stages.lib.models import DEVICE
 from stages.lib.params import COARSER, SCALES, SKIPPED
 from stages.lib.planes import pack, unpack

@@ -25,8 +25,9 @@ from stages.lib.files import atomic, create_h5, open_h5, write_array
 from stages.lib.hevc import Hevc
 from stages.lib.learned import Family, LearnedCodec
 from stages.lib.models import DEVICE, load_weights, published_state, read_checkpoint
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
 from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
+from stages.lib.schema import InputError
 from stages.lib.tcm import LicTcm
 
 RANGE_BYTES = 4  # of a record

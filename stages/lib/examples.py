@@ -28,10 +28,11 @@ from stages.lib.allocation import Choose, Importance, mfiba_skip, uniform
 from stages.lib.bd_rate import Curve, bd_rate
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.bound import additive_loss, bits_at
+from stages.lib.evaluating import joint_results
 from stages.lib.features import Features
+from stages.lib.heads import Asked
 from stages.lib.loss_rate import Curves, importance_labels
-from stages.lib.measuring import Pyramid, Truths, joint_results
-from stages.lib.models import Asked
+from stages.lib.measuring import Pyramid, Truths
 from stages.lib.params import SCALES
 from stages.lib.prediction import Predictor
 from stages.lib.shards import map_in_memory

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from stages.lib.files import create_h5, open_h5, read_csv, write_array
 from stages.lib.models import Sizes, images_per_pass
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
+from stages.lib.schema import InputError
 
 SHARD_IMAGES = 16  # of a shard
 BATCH = 8  # images of one size that pass the heads together, or fewer if they are large

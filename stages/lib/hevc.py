@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.lib.learned import Coded
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 
 PEAK = 1023  # of 10 bits, at which x265 also predicts and reconstructs
 PIXELS = "gray10le"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.lib.ans import LIMIT, Decoder, Part, Tables, gaussians
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 
 STRIDE = 32  # planes are padded to multiples of it, so that the sides of y are even, as a checkerboard needs
 HYPER_STRIDE = 4  # of z in y, which is padded to multiples of it

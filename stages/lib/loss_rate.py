@@ -16,18 +16,8 @@ import pandas as pd
 from scipy.optimize import curve_fit, minimize_scalar
 
 from stages.lib.files import read_csv, read_json
-from stages.lib.params import (
-    FLAGS,
-    NEGATIVE,
-    NUMBER,
-    NUMBER_OR_NULL,
-    POSITIVE,
-    SCALES,
-    Having,
-    InputError,
-    numbers,
-    whole,
-)
+from stages.lib.params import SCALES
+from stages.lib.schema import FLAGS, NEGATIVE, NUMBER, NUMBER_OR_NULL, POSITIVE, Having, InputError, numbers, whole
 
 BETA_RANGE = (-5.0, -0.01)
 BETA_GRID = 200  # starts of the search: the error has several minima in beta

@@ -22,7 +22,8 @@ from stages.lib.features import Features
 from stages.lib.files import atomic
 from stages.lib.loss_rate import FEW_IMAGES, FOLDS
 from stages.lib.models import DEVICE, load_weights, read_checkpoint
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
+from stages.lib.schema import InputError
 from stages.lib.shards import map_in_memory
 
 LEAST_WEIGHT = 1e-4  # of the mean weights: a softmax never gives 0

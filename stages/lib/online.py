@@ -42,12 +42,15 @@ from stages.lib.bitstream import (
     parse_record,
 )
 from stages.lib.coding import FeatureCodec, decode_scale, encode_scale, load_codec, pyramid_shapes
+from stages.lib.command import attempt
 from stages.lib.files import picture
+from stages.lib.heads import detect
 from stages.lib.loss_rate import read_fit
-from stages.lib.models import Sizes, detect, load_model, pyramid_of, read_image
-from stages.lib.params import MAX_SIDE, SCALES, SKIPPED, InputError, attempt, load_params, precode_of, read_yaml
+from stages.lib.models import Sizes, load_model, pyramid_of, read_image
+from stages.lib.params import MAX_SIDE, SCALES, SKIPPED, load_params, precode_of, read_yaml
 from stages.lib.prediction import Predictor
 from stages.lib.prediction import load as load_predictor
+from stages.lib.schema import InputError
 
 TOLERANCE = 0.05  # of a wanted size of the file
 MASK_BYTES = 2**33  # that the masks of one image may take; torchvision pastes them into the original size
@@ -389,5 +392,5 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[..., None]) -> None:
-    """`params.entry` for a command with options, all of whose outputs are files."""
+    """`command.entry` for a command with options, all of whose outputs are files."""
     attempt(main, vars(parser.parse_args()), folders=False)

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 
-from stages.lib.params import InputError
 from stages.lib.progress import progress
+from stages.lib.schema import InputError
 
 SPLITS = ("train2017", "val2017")
 IDS_PER_SPLIT = 1_000_000  # image ids depend on split and index only, never on how many images are drawn

@@ -32,8 +32,8 @@ import torch
 
 from stages.lib.files import atomic, disk_check
 from stages.lib.models import DEVICE
-from stages.lib.params import InputError
 from stages.lib.progress import progress
+from stages.lib.schema import InputError
 
 if TYPE_CHECKING:
     from stages.lib.features import Shard
