@@ -59,12 +59,6 @@ def test_a_profile_has_the_stages_of_its_models_codecs_and_cells(profile: str, t
     assert {name for name in names if name.startswith(("compress@", "allocate@", "extract@"))} == expected
 
 
-def test_stages_do_not_import_each_other() -> None:
-    for file in (ROOT / "stages").glob("*.py"):
-        assert "import stages." not in file.read_text()
-        assert not [line for line in file.read_text().splitlines() if line.startswith("from stages import")]
-
-
 @pytest.mark.parametrize("profile", [path.parent for path in ROOT.glob("profiles/*/params.yaml")], ids=lambda p: p.name)
 def test_a_profile_has_the_pipeline_as_it_is(profile: Path) -> None:
     """A copy, not a link: in another commit DVC reads a link as a file, and compares no runs."""

@@ -15,7 +15,6 @@ from stages.lib.comparing import ANCHOR, CODEC_ANCHOR, LABEL_AWARE, RESAMPLES_FA
 from stages.lib.params import SCALES, TASKS
 
 NOT_AVAILABLE = "n/a"
-RATE_ACCURACY = ["bits_per_image", "accuracy"]
 NO_BD_RATE = "no BD-rate: "
 REASONS = {  # flag -> what its footnote says
     "dropped": "without point {detail}, not monotone",
