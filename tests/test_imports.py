@@ -53,4 +53,5 @@ def test_only_the_library_is_imported_from(path: Path) -> None:
 @pytest.mark.parametrize("name", NUMERIC)
 def test_a_numeric_module_does_without_torch(name: str) -> None:
     for module in behind(name):
-        assert not {"torch", "torchvision"} & {full.split(".")[0] for full in imported(ROOT / f"stages/lib/{module}.py")}
+        packages = {full.split(".")[0] for full in imported(ROOT / f"stages/lib/{module}.py")}
+        assert not packages & {"torch", "torchvision"}
