@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pytest import approx
 
 from stages.lib import bound as module
-from stages.lib import measuring
+from stages.lib import evaluating, measuring
 from stages.lib.accuracy import match
 from stages.lib.allocation import oracle, with_skipping
 from stages.lib.bound import (
@@ -333,7 +333,7 @@ def world(tmp_path, truth, monkeypatch) -> SimpleNamespace:
             )
         return found
 
-    monkeypatch.setattr(measuring, "detect_variants", detect)
+    monkeypatch.setattr(evaluating, "detect_variants", detect)
     monkeypatch.setattr(module, "ENUMERATED", 2)
     rng = np.random.default_rng(0)
     bits = np.stack(list(bits_of(tmp_path, list(LAMBDAS), features).values())).astype(float)

@@ -24,7 +24,7 @@ from test_measuring import (  # noqa: F401
     root,
 )
 
-from stages.lib import examples, measuring
+from stages.lib import evaluating, examples, measuring
 from stages.lib.accuracy import match
 from stages.lib.allocation import Importance
 from stages.lib.bitstream import FRAME_BYTES
@@ -116,7 +116,8 @@ TASKS = ("detection", "keypoints")
 def seer(root, features) -> Iterator[Seer]:  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         found = Seer(root, features)
-        patch.setattr(measuring, "detect_variants", found.detect)
+        for module in (evaluating, measuring):
+            patch.setattr(module, "detect_variants", found.detect)
         yield found
 
 

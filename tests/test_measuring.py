@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
-from stages.lib import measuring, models, shapes
+from stages.lib import evaluating, measuring, models, shapes
 from stages.lib.accuracy import average_precision, match, merge, results
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes
@@ -153,7 +153,8 @@ class Seer:
 @pytest.fixture
 def seer(root, features, monkeypatch) -> Seer:
     seer = Seer(root, features)
-    monkeypatch.setattr(measuring, "detect_variants", seer.detect)
+    for module in (evaluating, measuring):
+        monkeypatch.setattr(module, "detect_variants", seer.detect)
     return seer
 
 

@@ -191,7 +191,7 @@ def test_passes_of_any_size_give_the_same_detections(model, monkeypatch):
     args = model, variants, [sizes] * len(each), [dict.fromkeys(TASKS)] * len(each)
     expected = detect_variants(*args)
     monkeypatch.setattr(models, "PIXELS_PER_PASS", 1)
-    monkeypatch.setattr(models, "REGIONS_PER_PASS", 3)
+    monkeypatch.setattr("stages.lib.heads.REGIONS_PER_PASS", 3)
     for found, same in zip(detect_variants(*args), expected, strict=True):
         assert torch.equal(found["labels"], same["labels"])
         for key in ("boxes", "scores", "keypoints"):
