@@ -10,9 +10,7 @@ from test_models import CLASSES, KEYPOINTS, PARAMS
 
 from stages.lib import detector_training, shapes
 from stages.lib.detector_training import DetectionDataset, mirrored_order
-from stages.lib.models import (
-    build,
-)
+from stages.lib.models import build
 
 TRAIN_IMAGES = 6
 

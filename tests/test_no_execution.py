@@ -7,8 +7,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DANGEROUS_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
-
-
 DANGEROUS_CALLS = {"eval", "exec", "compile", "__import__", "yaml.unsafe_load", "yaml.full_load", "os.system"}
 
 

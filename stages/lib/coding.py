@@ -194,8 +194,8 @@ def compress_shard(
     rows: dict[int, list[dict[str, float]]] = {i: [] for i in image_ids}
     for batch in features.batches(image_ids):
         for scale, maps in features.pyramids(batch).items():
-            _, channels, height, width = maps.shape
-            pixels = math.prod(plane_shape(channels, height, width, feature_codec.packing)[1:])
+            _, _, height, width = maps.shape
+            pixels = math.prod(plane_shape(feature_codec.channels, height, width, feature_codec.packing)[1:])
             for image_id, record in zip(batch, encode_scale(maps, scale, level, feature_codec), strict=True):
                 records[image_id].append(record)
                 rows[image_id].append(_ledger_line(record, pixels))
