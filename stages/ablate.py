@@ -10,19 +10,13 @@ from stages.lib import ablation, mfip
 from stages.lib.allocation import allocation_table, read_importance
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coco import ground_truth, load_split
+from stages.lib.command import entry
+from stages.lib.evaluating import bits_of, choices_of, load_evaluator, read_matches, tabulate
 from stages.lib.features import Features, shards_of
 from stages.lib.files import atomic, write_csv
-from stages.lib.loss_rate import (
-    importance_labels,
-    mean_loss,
-    read_curves,
-    read_fit,
-    sensitivity_labels,
-    sensitivity_to,
-)
-from stages.lib.measuring import bits_of, choices_of, load_evaluator, read_matches, tabulate
+from stages.lib.loss_rate import importance_labels, mean_loss, read_curves, read_fit, sensitivity_labels, sensitivity_to
 from stages.lib.models import load_model
-from stages.lib.params import entry, load_params, precode_of
+from stages.lib.params import load_params, precode_of
 from stages.lib.senses import other_senses
 from stages.lib.shards import map_shards, unfinished
 from stages.lib.sizes import object_areas, size_table

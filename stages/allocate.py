@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from stages.lib.allocation import allocate, read_importance
+from stages.lib.command import entry
 from stages.lib.files import write_csv
 from stages.lib.loss_rate import read_curves, read_fit
-from stages.lib.params import entry, load_params, precode_of
+from stages.lib.params import load_params, precode_of
 
 
 def main(coded: Path, losses: Path, uncoded: Path, loss_rate: Path, importance: Path, task: str, out: Path) -> None:

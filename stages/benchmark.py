@@ -30,10 +30,11 @@ from stages.lib.growth import growth
 from stages.lib.learned import STRIDE, LearnedCodec
 from stages.lib.models import DEVICE
 from stages.lib.online import run
-from stages.lib.params import InputError, load_params
+from stages.lib.params import load_params
 from stages.lib.plain_measuring import compare, profile_case, random_case
 from stages.lib.planes import Packing, pack, plane_shape
 from stages.lib.progress import progress
+from stages.lib.schema import InputError
 from stages.lib.shards import map_in_memory
 
 DATA, OUT = Path("data"), Path("reports/benchmark.json")
@@ -75,6 +76,7 @@ def benchmark(params: dict[str, Any], data: Path, size: tuple[int, int] | None) 
     """`machine`, `cases` (a codec at a size on a device: see `measure`) and `memory`. size: of the COCO plane."""
     files = coders(params, data)
     lmbda = params["lambdas"][params["mfip"]["precode"]]
+    runs: dict[tuple[str, str, str], Callable[[], dict[str, Any]] | None]
     runs = {(codec, "default", model): partial(default, *paths, lmbda) for (model, codec), paths in files.items()}
     runs |= {(codec, "coco", "random"): partial(full_size, codec, size) if size else None for codec in FULL_SIZE}
     memory = [
@@ -103,6 +105,7 @@ def _files(data: Path, model: str, codec: str) -> tuple[Path, Path]:
 def measuring(params: dict[str, Any], data: Path, coco: bool) -> list[dict[str, Any]]:
     """As `compare` finds them: the profile's detector with the first codec's features; torchvision's at COCO's size."""
     model, codec = next(iter(coders(params, data)))
+    runs: dict[tuple[str, str], Callable[[], dict[str, Any]] | None]
     runs = {(model, "default"): partial(of_profile, params, data, model, codec)}
     runs |= {(name, "coco"): partial(of_torchvision, name) if coco else None for name in DETECTORS}
     return [
@@ -166,7 +169,7 @@ def full_size(codec: str, size: tuple[int, int]) -> dict[str, Any]:
     _, rows, columns = plane_shape(COCO_CHANNELS, 1, 1, packing)
     features = torch.randn(1, COCO_CHANNELS, max(size[0] // rows, 1), max(size[1] // columns, 1))
     config = {"codec": codec, "packing": "tile", "network": FULL_SIZE[codec], "lambda_range": (1.0, 2.0), "gains": 2}
-    built = build_codec(config).eval().to(DEVICE).to(memory_format=torch.channels_last)
+    built: Any = build_codec(config).eval().to(DEVICE).to(memory_format=torch.channels_last)
     _as_if_trained(built, pack(features[0], "0", packing)[0])
     feature_codec = FeatureCodec(built.update(), packing, COCO_CHANNELS)
     return {"threads": THREADS["coco"]} | measure(feature_codec, {"0": features}, 1.0, REPETITIONS["coco"])

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from stages.lib.bound import bound
 from stages.lib.coding import load_codec
+from stages.lib.command import entry
 from stages.lib.features import Features
 from stages.lib.files import atomic, read_csv, write_csv
 from stages.lib.loss_rate import read_curves
 from stages.lib.measuring import read_truths
 from stages.lib.models import load_model
-from stages.lib.params import entry, load_params
+from stages.lib.params import load_params
 from stages.lib.prediction import load as load_predictor
 
 

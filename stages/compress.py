@@ -5,9 +5,11 @@ from functools import partial
 from pathlib import Path
 
 from stages.lib.coding import compress_shard, load_codec, read_ledger
+from stages.lib.command import entry
 from stages.lib.features import Features, Shard, shards_of
 from stages.lib.files import atomic, write_csv
-from stages.lib.params import InputError, entry, load_params
+from stages.lib.params import load_params
+from stages.lib.schema import InputError
 from stages.lib.shards import map_shards, publish, unfinished
 
 

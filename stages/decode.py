@@ -13,7 +13,7 @@ from stages.lib.bitstream import BitstreamError, parse
 from stages.lib.files import atomic, write_json
 from stages.lib.models import read_image
 from stages.lib.online import Parser, coco_results, decode, draw, load_cell, load_networks, run
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 
 
 def main(bitstream: Path, out: Path, cell: str, image_id: int | None, picture: Path | None, image: Path | None) -> None:

@@ -3,10 +3,11 @@
 from functools import partial
 from pathlib import Path
 
+from stages.lib.command import entry
+from stages.lib.evaluating import bits_of, choices_of, load_evaluator, read_matches, tabulate
 from stages.lib.features import Features, shards_of
 from stages.lib.files import atomic, read_csv, write_csv
-from stages.lib.measuring import bits_of, choices_of, load_evaluator, read_matches, tabulate
-from stages.lib.params import entry, load_params, tasks_of
+from stages.lib.params import load_params, tasks_of
 from stages.lib.shards import map_shards, unfinished
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.coco import image_path, load_split
+from stages.lib.command import entry
 from stages.lib.features import Shard, shards_of, write_index, write_shard
 from stages.lib.files import atomic
 from stages.lib.models import load_model, pyramid_of, read_image
-from stages.lib.params import entry, load_params
+from stages.lib.params import load_params
 from stages.lib.shards import map_shards, publish, unfinished
 
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from stages.lib.command import entry
 from stages.lib.files import write_json
 from stages.lib.loss_rate import fit_scales, read_curves
-from stages.lib.params import entry, load_params, precode_of
+from stages.lib.params import load_params, precode_of
 
 
 def main(coded: Path, losses: Path, uncoded: Path, task: str, out: Path) -> None:

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from stages.lib import prediction
+from stages.lib.command import entry
 from stages.lib.features import Features
-from stages.lib.params import entry, load_params
+from stages.lib.params import load_params
 
 
 def main(features: Path, out: Path) -> None:

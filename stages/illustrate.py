@@ -6,13 +6,14 @@ from pathlib import Path
 from stages.lib.allocation import read_importance
 from stages.lib.coco import image_path, load_split
 from stages.lib.coding import load_codec
+from stages.lib.command import entry
 from stages.lib.examples import Cell, illustrate, write_picture
 from stages.lib.features import Features
 from stages.lib.files import atomic
 from stages.lib.loss_rate import read_curves, read_fit
 from stages.lib.measuring import decoder, read_truths
 from stages.lib.models import load_model
-from stages.lib.params import entry, load_params, precode_of, tasks_of
+from stages.lib.params import load_params, precode_of, tasks_of
 from stages.lib.prediction import load as load_predictor
 
 

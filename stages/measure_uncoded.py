@@ -7,11 +7,12 @@ from typing import Any
 
 import pandas as pd
 
+from stages.lib.command import entry
 from stages.lib.features import Features, Shard, shards_of
 from stages.lib.files import read_csv, write_csv
 from stages.lib.measuring import read_truths, uncoded_accuracies
 from stages.lib.models import load_model
-from stages.lib.params import entry, load_params
+from stages.lib.params import load_params
 from stages.lib.prediction import load as load_predictor
 from stages.lib.shards import map_shards, unfinished
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 from stages.lib import shapes
 from stages.lib.coco import make_splits
+from stages.lib.command import entry
 from stages.lib.files import atomic, disk_check, write_json
-from stages.lib.params import InputError, entry, load_params
+from stages.lib.params import load_params
+from stages.lib.schema import InputError
 
 BYTES_PER_PIXEL = 12_000 / 128**2  # of a generated image with its annotations, rounded up
 COCO_2017 = {  # folder -> place, bytes and MD5 of its archive (COCO gives no checksums: these are what others check)

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from stages.lib import ablation_tables, bound_tables, figures, page, tables
+from stages.lib import ablation_tables, bound_tables, comparing, figures, page, tables
 from stages.lib.allocation import Importance, read_importance
+from stages.lib.command import entry
 from stages.lib.files import atomic, read_csv, read_json, write_csv, write_json
 from stages.lib.loss_rate import Curves, read_curves, read_fit
-from stages.lib.params import FLAGS, NUMBER, NUMBER_OR_NULL, SCALES, Having, InputError, entry, load_params
+from stages.lib.params import SCALES, load_params
 from stages.lib.references import reported
+from stages.lib.schema import FLAGS, NUMBER, NUMBER_OR_NULL, Having, InputError
 
 RD_POINTS = [
     "task",
@@ -72,7 +74,7 @@ def main(data: Path, reports: Path) -> None:
     points = pd.concat([cell.points for cell in cells.values()], ignore_index=True)
     coders = sorted({(cell["model"], cell["codec"]) for cell in params["cells"].values()})
     ledgers = {coder: read_ledgers(data.joinpath("coded", *coder), qualities) for coder in coders}
-    curves = {coder: tables.rate_distortion(lines) for coder, lines in ledgers.items()}
+    curves = {coder: comparing.rate_distortion(lines) for coder, lines in ledgers.items()}
     bounds = {
         (cell["task"], cell["codec"]): read_bound(data / "evaluations/studies" / name / "bound")
         for name, cell in params["studies"].items()
@@ -80,16 +82,16 @@ def main(data: Path, reports: Path) -> None:
     ablated = {name: read_ablation(data / "evaluations/studies" / name / "ablation") for name in params["studies"]}
     losses = {key: _read(reports.joinpath("codecs", *key, "loss.csv"), ["step", "loss"]) for key in coders}
 
-    compared = [tables.compare(cell.points, cell.resamples) for cell in cells.values()]
+    compared = [comparing.compare(cell.points, cell.resamples) for cell in cells.values()]
     bd = pd.concat([found.bd for found in compared], ignore_index=True)
-    paired_bd = pd.concat([tables.paired(found) for found in compared], ignore_index=True)
-    codec_bd = tables.codec_bd_rates(points, {key: cell.resamples for key, cell in cells.items()})
+    paired_bd = pd.concat([comparing.paired(found) for found in compared], ignore_index=True)
+    codec_bd = comparing.codec_bd_rates(points, {key: cell.resamples for key, cell in cells.items()})
     write_csv(reports / "rd_points.csv", points)
     write_csv(reports / "bd_rate.csv", bd)
     write_csv(reports / "paired.csv", paired_bd)
     write_csv(reports / "codec_bd_rate.csv", codec_bd)
-    write_csv(reports / "codec_feature_bd_rate.csv", tables.feature_bd_rates(curves))
-    write_json(reports / "metrics.json", tables.metrics(points, bd))
+    write_csv(reports / "codec_feature_bd_rate.csv", comparing.feature_bd_rates(curves))
+    write_json(reports / "metrics.json", comparing.metrics(points, bd))
     taken_apart = [
         ablation_tables.ablation(study["points"], study["bootstrap"], study["rows"]) for study in ablated.values()
     ]
@@ -135,7 +137,7 @@ def read_cell(data: Path, model: str, codec: str, task: str, qualities: list[str
     place = Path(model) / codec
     folder = data / "evaluations" / place / task
     points, resamples = _read(folder / "points.csv", RD_POINTS), _read(folder / "bootstrap.csv", RESAMPLES)
-    tables.check_cell(points, resamples, str(folder))
+    comparing.check_cell(points, resamples, str(folder))
     ledger = data / "coded" / place / f"{qualities[0]}.csv"  # planes have the same pixels at every quality
     coded = _read(ledger, ["split", "scale", "pixels"])
     pixels = coded[coded["split"] == "fit"].groupby("scale")["pixels"].mean()
@@ -168,21 +170,22 @@ def read_pictures(folder: Path, places: Iterable[dict[str, str]], cells: dict[tu
 
 def read_bound(folder: Path) -> bound_tables.Study:
     """What `bound` wrote of one cell."""
-    return bound_tables.Study(
-        *(
-            _read(place / f"{name}.csv", columns)
-            for place in (folder, folder / "mirrored")
-            for name, columns in (("points", RD_POINTS), ("bootstrap", RESAMPLES))
-        ),
-        _read(folder / "additivity.csv", ADDITIVITY),
-        _read(folder / "enumeration.csv", ENUMERATION),
+    points, bootstrap, points_mirrored, bootstrap_mirrored = (
+        _read(place / f"{name}.csv", columns)
+        for place in (folder, folder / "mirrored")
+        for name, columns in (("points", RD_POINTS), ("bootstrap", RESAMPLES))
     )
+    additivity, enumeration = (
+        _read(folder / f"{name}.csv", columns)
+        for name, columns in (("additivity", ADDITIVITY), ("enumeration", ENUMERATION))
+    )
+    return bound_tables.Study(points, bootstrap, points_mirrored, bootstrap_mirrored, additivity, enumeration)
 
 
 def read_ablation(folder: Path) -> dict[str, pd.DataFrame]:
     """What `ablate` wrote of one cell: the tables of ABLATION."""
     study = {name: _read(folder / f"{name}.csv", columns) for name, columns in ABLATION.items()}
-    tables.check_cell(study["points"], study["bootstrap"], str(folder))
+    comparing.check_cell(study["points"], study["bootstrap"], str(folder))
     return study
 
 
@@ -201,7 +204,7 @@ def draw(
         figures.loss_rate_figure(folder / f"loss_rate_{task}_{codec}", task, codec, cell.fit, cell.pixels)
         figures.importance_figure(folder / f"importance_{task}_{codec}", task, codec, cell.fit, cell.weights)
     for (model, codec), loss in losses.items():
-        shown = {name: curves[model, name] for name in (codec, tables.CODEC_ANCHOR) if (model, name) in curves}
+        shown = {name: curves[model, name] for name in (codec, comparing.CODEC_ANCHOR) if (model, name) in curves}
         figures.codec_figure(folder / f"codec_{model}_{codec}", model, codec, shown, loss)
 
     for study, table in sizes.items():

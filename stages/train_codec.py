@@ -5,18 +5,21 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
 from stages.lib import codec_training
 from stages.lib.coding import FeatureCodec, build_codec, load_codec_weights, load_published, save_codec
+from stages.lib.command import entry
 from stages.lib.features import Features
 from stages.lib.files import write_csv
 from stages.lib.models import UNBUILT, naming, read_checkpoint
-from stages.lib.params import InputError, entry, load_params
+from stages.lib.params import load_params
 from stages.lib.planes import Packing
 from stages.lib.ranks import join, place, shared
+from stages.lib.schema import InputError
 from stages.lib.shards import unfinished
 
 CONFIG = ("packing", "network", "lambda_range", "gains")  # what the weights depend on
@@ -33,7 +36,7 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
     data = Features(features, "train")
     channels = len(data.scale(data.image_ids[0], "0"))
     torch.manual_seed(params["seed"])
-    codec = build_codec(config)
+    codec: Any = build_codec(config)  # its type follows from config
     if wanted.get("init"):
         start = read_checkpoint(Path(wanted["init"]), "config", "packing", "channels")
         with naming(Path(wanted["init"]), UNBUILT):

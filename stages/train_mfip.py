@@ -7,11 +7,12 @@ import pandas as pd
 import torch
 
 from stages.lib import mfip
+from stages.lib.command import entry
 from stages.lib.features import Features
 from stages.lib.files import atomic, write_csv, write_json
 from stages.lib.loss_rate import importance_labels, read_curves, sensitivity_labels
 from stages.lib.models import load_model
-from stages.lib.params import SCALES, entry, load_params, tasks_of
+from stages.lib.params import SCALES, load_params, tasks_of
 
 
 def main(

@@ -10,10 +10,12 @@ import torch
 from torchvision.models import get_model_weights
 
 from stages.lib.coco import ground_truth, load_split
+from stages.lib.command import entry
 from stages.lib.detector_training import DetectionDataset, train
 from stages.lib.models import build, load_weights, published_state, read_checkpoint, save_model
-from stages.lib.params import InputError, entry, load_params
+from stages.lib.params import load_params
 from stages.lib.ranks import join, place
+from stages.lib.schema import InputError
 
 
 def main(splits: Path, name: str, out: Path) -> None:

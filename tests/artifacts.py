@@ -9,9 +9,9 @@ from torch import Tensor
 
 from stages.lib.accuracy import Matches
 from stages.lib.coding import FeatureCodec, compress_shard, read_ledger
+from stages.lib.evaluating import Choices, Point, choices_of, evaluator, read_matches
 from stages.lib.features import Features, shards_of, write_index, write_shard
 from stages.lib.files import atomic, write_csv
-from stages.lib.measuring import Choices, Point, choices_of, evaluator, read_matches
 from stages.lib.models import Sizes
 
 

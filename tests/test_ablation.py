@@ -2,26 +2,21 @@
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import yaml
-from pycocotools.coco import COCO
 from pytest import approx
 
 from stages import report
-from stages.lib import ablation, ablation_tables, figures, mfip, sizes, tables
+from stages.lib import ablation, ablation_tables, figures, sizes, tables
 from stages.lib.ablation import ROWS, SEES_LABELS, Senses, rate_control, variants
-from stages.lib.accuracy import Matches, average_precision, merge
 from stages.lib.allocation import Importance, allocate, allocation_table, column, mean_bits_per_image
 from stages.lib.files import read_csv, write_csv
-from stages.lib.loss_rate import Curves, fit_scales, mean_loss, predicted_bits, sensitivity_labels
-from stages.lib.measuring import Choices
-from stages.lib.params import SCALES, SKIPPED, InputError, check_params
-from stages.lib.senses import score_gradients
+from stages.lib.loss_rate import Curves, fit_scales, mean_loss, predicted_bits
+from stages.lib.params import SCALES, SKIPPED, check_params
+from stages.lib.schema import InputError
 
 K, PRECODE, SEED = 4, 1, 3
 PRICES = 10.0 ** np.linspace(-9, 2, 45)
@@ -205,160 +200,6 @@ def test_asked_bits_are_reached_exactly_where_they_are_known(test, model):
     assert (found["reached"] / found["asked"] - 1).to_numpy() == approx(found["error"].to_numpy())
     halved = rate_control(bits * np.where(np.arange(K) == PRECODE, 1, 2), exact, sensitivity, PRECODE, 6, 100)
     assert halved.loc[halved["bits"] == "predicted", "error"].abs().max() > 0.2  # a wrong rate model shows
-
-
-# ---- sensitivities from other inputs ----
-
-CHANNELS = 3
-
-
-def described(seed: int, n: int) -> np.ndarray:
-    statistics = np.random.default_rng(seed).gamma(2, 1, (n, 5, 3 * CHANNELS + mfip.OBJECTNESS))
-    return statistics.astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def learned() -> SimpleNamespace:
-    fit, test = described(0, 60), described(1, 12)
-    loss = (fit[:, :, 0] + fit[:, :, -1])[:, :, None] * np.array([0.3, 0.1])
-    labels = sensitivity_labels(loss, loss[:, :, [0, 0, 1]])
-    params = {"channels": 4, "epochs": 1, "lr": 1e-3, "validation": 0.2}
-    ids = list(range(60))
-    weights = dict.fromkeys(ids, np.full(5, 0.2))
-    with pytest.warns(UserWarning):
-        trained = mfip.train([(ids, fit)], weights, dict(zip(ids, labels, strict=True)), params, 0)
-    return SimpleNamespace(fit=fit, test=test, labels=labels, model=trained.model)
-
-
-def predicted(learned: SimpleNamespace, test: np.ndarray, kinds) -> np.ndarray:
-    return mfip.learned_sensitivity(learned.model, learned.fit, learned.labels, test, kinds)
-
-
-def test_both_kinds_of_numbers_give_the_sensitivity_of_the_method(learned):
-    with torch.no_grad():
-        wanted = learned.model(torch.from_numpy(learned.test))[1].numpy()
-    assert predicted(learned, learned.test, mfip.INPUTS) == approx(wanted, rel=1e-4)
-    assert wanted.std(0).min() > 0.01
-
-
-@pytest.mark.parametrize(("kind", "other"), [("channels", "objectness"), ("objectness", "channels")])
-def test_a_ridge_sees_only_its_own_kind_of_numbers(learned, kind, other):
-    moved, blind = learned.test.copy(), learned.test.copy()
-    moved[:, :, mfip.INPUTS[kind]] += 1
-    blind[:, :, mfip.INPUTS[other]] += 1
-    before = predicted(learned, learned.test, [kind])
-    assert np.array_equal(before, predicted(learned, blind, [kind]))
-    assert not np.allclose(before, predicted(learned, moved, [kind]))
-
-
-def test_variance_is_that_of_the_maps():
-    pyramid = {scale: torch.randn(2, CHANNELS, 8 - s, 6) * (1 + s) for s, scale in enumerate(SCALES)}
-    statistics = mfip.describe(pyramid, lambda maps: ([part[:, :2] for part in maps], None)).numpy()
-    wanted = [pyramid[scale].var((2, 3), correction=0).mean(1).numpy() for scale in SCALES]
-    assert mfip.variance(statistics) == approx(np.stack(wanted, 1), rel=1e-4)
-
-
-def test_gradients_are_those_of_the_scores():
-    """A box head whose one logit is a known linear function of scales 0 and 2: the score is its sigmoid."""
-    slope = {"0": 0.3, "2": -0.02}
-
-    def linear(pyramid, proposals, shapes):
-        return sum(c * pyramid[scale].flatten(1).sum(1) for scale, c in slope.items())
-
-    heads = SimpleNamespace(
-        box_roi_pool=linear,
-        box_head=lambda x: x,
-        box_predictor=lambda x: (torch.stack([torch.zeros_like(x), x], 1), None),
-    )
-    model = SimpleNamespace(rpn=lambda images, pyramid: ([None] * len(images.image_sizes), {}), roi_heads=heads)
-    torch.manual_seed(0)
-    pyramid = {scale: torch.randn(2, 2, 6 - s, 6 - s) / 9 for s, scale in enumerate(SCALES)}
-    sizes_ = [SimpleNamespace(resized=(24, 24), padded=(24, 24))] * 2
-    found = score_gradients(model, pyramid, sizes_)
-    score = torch.sigmoid(linear(pyramid, None, None))
-    for s, scale in enumerate(SCALES):
-        wanted = score * (1 - score) * abs(slope.get(scale, 0)) * (2 * (6 - s) ** 2) ** 0.5
-        assert found[:, s].numpy() == approx(wanted.numpy(), rel=1e-4)
-
-
-# ---- sizes of objects ----
-
-
-def random_matches(n: int, seed: int) -> Matches:
-    rng = np.random.default_rng(seed)
-    image, category = rng.integers(0, n, 80), rng.integers(0, 3, 80)
-    order = np.lexsort((image, category))
-    return Matches(
-        np.arange(n) * 2,
-        image[order],
-        category[order],
-        rng.permutation(80) / 80,
-        rng.random((80, 10)) < 0.5,
-        rng.random((80, 10)) < 0.1,
-        rng.integers(0, 5, (n, 3)),
-        rng.random(n),
-    )
-
-
-def test_images_of_a_mask_count_as_if_the_others_had_weight_zero():
-    matches = random_matches(12, 0)
-    keep = np.arange(12) % 3 == 1
-    part, rest = sizes.of_images(matches, keep), sizes.of_images(matches, ~keep)
-    assert part.image_ids.tolist() == [2, 8, 14, 20]
-    assert average_precision(part) == approx(average_precision(matches, keep[None]))
-    assert average_precision(merge([part, rest])) == approx(average_precision(matches))
-
-
-def test_sizes_are_terciles_of_the_median_area():
-    truth = COCO()
-    areas = [[10, 30, 20], [], [50], [1, 3], [40, 40], [90], [60]]
-    truth.dataset = {
-        "images": [{"id": i, "height": 10, "width": 20} for i in range(len(areas))],
-        "categories": [{"id": 1}],
-        "annotations": [
-            {"id": 100 * i + k, "image_id": i, "category_id": 1, "area": area, "iscrowd": 0}
-            for i, found in enumerate(areas)
-            for k, area in enumerate(found)
-        ]
-        + [{"id": 999, "image_id": 1, "category_id": 1, "area": 150, "iscrowd": 1}],
-    }
-    truth.createIndex()
-    found = sizes.object_areas(truth, np.arange(len(areas)))
-    assert found == approx(np.array([20, np.nan, 50, 2, 40, 90, 60]) / 200, nan_ok=True)
-    groups = {name: np.flatnonzero(mask).tolist() for name, mask in sizes.by_size(found).items()}
-    assert groups == {"small": [0, 3], "medium": [2, 4], "large": [5, 6]}
-
-
-def test_each_size_has_its_own_images_and_a_method_like_uniform_saves_nothing():
-    """Methods that choose as uniform does, but at half the bits where objects are large."""
-    n, k = 12, 6
-    areas = np.append(np.linspace(0.3, 0.01, n - 1), np.nan)
-    rng = np.random.default_rng(0)
-    luck, shared = rng.random((80, 10)), random_matches(n, 0)
-    by_quality = [shared._replace(matched=luck < 0.2 + 0.12 * q, ignored=np.zeros((80, 10), bool)) for q in range(k)]
-    names = ["uniform", *sizes.METHODS]
-    points = [(name, q) for name in names for q in range(k)]
-    levels = np.array([q + (k if name == "oracle" else 0) for name, q in points])
-    phi = {i: np.repeat(levels[:, None], 5, 1) for i in shared.image_ids.tolist()}
-    cost = np.geomspace(1e4, 1e6, k)
-    bits = {
-        i: np.tile(np.append(cost, cost * (0.5 if area > 0.23 else 1)), (5, 1))
-        for i, area in zip(shared.image_ids.tolist(), areas, strict=True)
-    }
-    features = SimpleNamespace(sizes=lambda i: SimpleNamespace(original=(64, 64)), split="test")
-    matches = {("none", 0): by_quality[-1]} | {
-        point: by_quality[q % k] for point, q in zip(points, levels, strict=True)
-    }
-    worth = {"weight": np.tile(areas[:, None], (1, 5))}
-    key = {"task": "detection", "codec": "elic"}
-    found = sizes.size_table(Choices(points, phi), matches, bits, features, key, 20, 0, areas, worth)
-    assert found.groupby("size", sort=False)["n_images"].first().to_dict() == {"small": 4, "medium": 4, "large": 3}
-    rates = found[found["quantity"] == "bd_rate"].pivot(index="name", columns="size", values="value")
-    assert list(found["name"].unique()[:4]) == list(sizes.METHODS)
-    assert rates.loc[["static", "mfiba", "mfiba_skip"]].to_numpy() == approx(0, abs=1e-9)
-    assert rates.loc["oracle"].to_dict() == approx({"small": 0, "medium": 0, "large": -50}, abs=0.1)
-    means = found[found["quantity"] == "weight"].groupby("size")["value"].mean()
-    assert means["small"] == approx(areas[7:11].mean()) and means["large"] == approx(areas[:3].mean())
 
 
 # ---- report ----

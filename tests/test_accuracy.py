@@ -14,7 +14,8 @@ from pytest import approx
 
 from stages.lib import accuracy
 from stages.lib.accuracy import average_precision, bootstrap_weights, match, match_variants, merge, per_image, results
-from stages.lib.params import TASKS, InputError
+from stages.lib.params import TASKS
+from stages.lib.schema import InputError
 
 SIZE = 64
 CATEGORIES = (3, 5, 18)  # of the data set; 4 is a label of the model only

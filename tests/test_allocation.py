@@ -28,7 +28,8 @@ from stages.lib.allocation import (
 )
 from stages.lib.files import read_csv, write_csv, write_json
 from stages.lib.loss_rate import Curves, fit_scales, read_fit
-from stages.lib.params import COARSER, SCALES, SKIPPED, InputError
+from stages.lib.params import COARSER, SCALES, SKIPPED
+from stages.lib.schema import InputError
 
 N, K, PRECODE = 12, 4, 1
 METHODS = [

@@ -7,7 +7,7 @@ from scipy.stats import norm
 
 from stages.lib import ans
 from stages.lib.ans import LIMIT, RARE, Decoder, Part, Tables, gaussians
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 
 SCALES = np.geomspace(0.11, 64, 48)
 PROBABILITIES = gaussians(SCALES)

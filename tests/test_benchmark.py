@@ -20,8 +20,9 @@ from stages.lib.benchmarking import measure, plain_compress, plain_network, reco
 from stages.lib.coding import FeatureCodec, build_codec, load_codec, pyramid_shapes, save_codec
 from stages.lib.learned import LearnedCodec
 from stages.lib.models import DEVICE, Sizes
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
 from stages.lib.planes import Packing
+from stages.lib.schema import InputError
 from stages.lib.shards import workers
 
 CHANNELS = 5

@@ -23,7 +23,8 @@ from stages.lib.bitstream import (
     parse,
     parse_record,
 )
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
+from stages.lib.schema import InputError
 
 MODEL, CODEC = bytes.fromhex("deadbeef"), bytes.fromhex("01020304")
 PAYLOADS = (b"feature", b"map", b"", b"\xff\x00", b"z" * 130)

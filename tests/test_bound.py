@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pytest import approx
 
 from stages.lib import bound as module
-from stages.lib import measuring
+from stages.lib import evaluating, measuring
 from stages.lib.accuracy import match
 from stages.lib.allocation import oracle, with_skipping
 from stages.lib.bound import (
@@ -35,17 +35,15 @@ from stages.lib.bound import (
     joint_loss,
     random_tuples,
 )
-from stages.lib.bound_tables import PEERS, Study, bound_tables, describe, parts_of
 from stages.lib.coding import FeatureCodec, pyramid_shapes
+from stages.lib.evaluating import Choices, bits_of, tabulate
 from stages.lib.features import Features
-from stages.lib.figures import additivity_figure
 from stages.lib.learned import Coded
 from stages.lib.loss_rate import Curves
-from stages.lib.measuring import Choices, bits_of, tabulate, truths
+from stages.lib.measuring import truths
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, SKIPPED
 from stages.lib.planes import Packing
-from stages.lib.tables import latex, markdown
 
 N, K = 6, 4
 IDS = np.array([3, 4, 8, 10, 11, 30])
@@ -332,7 +330,7 @@ def world(tmp_path, truth, monkeypatch) -> SimpleNamespace:
             )
         return found
 
-    monkeypatch.setattr(measuring, "detect_variants", detect)
+    monkeypatch.setattr(evaluating, "detect_variants", detect)
     monkeypatch.setattr(module, "ENUMERATED", 2)
     rng = np.random.default_rng(0)
     bits = np.stack(list(bits_of(tmp_path, list(LAMBDAS), features).values())).astype(float)
@@ -412,87 +410,3 @@ def test_what_bound_finds_is_the_same_again_and_differs_where_coding_errors_do(w
     assert accuracy[0] == mirrored[0] and not accuracy.equals(mirrored)  # uncoded, all
     assert set(one.additivity["image_id"]) == {3, 4, 8} and set(one.enumeration["image_id"]) == {3, 8}  # labelled
     assert not one.additivity["joint"].equals(one.additivity["mirrored"])
-
-
-# ---- tables
-
-
-def tuples_of(joint, additive, mirrored, images: int) -> pd.DataFrame:
-    n = len(joint)
-    frame = {"image_id": np.arange(n) % images, "kind": np.tile(KINDS, n)[:n], "bits": np.arange(n) * 10.0}
-    return pd.DataFrame(frame | {"joint": joint, "additive": additive, "mirrored": mirrored})
-
-
-def test_a_line_is_explained_whatever_its_slope_but_interacts_unless_it_is_the_sum():
-    x = np.random.default_rng(0).random(300)
-    same, half = (describe(tuples_of(a * x + b, x, x, 10)) for a, b in ((1, 0), (0.5, 2)))
-    for found in (same, half):
-        assert found[5:9] == approx((1, 1, 1, 1))  # r2, in image, mirrored, Spearman
-    assert (same.slope, half.slope) == approx((1, 0.5)) and (same.interaction, half.interaction) == approx((0, 1))
-
-
-def test_what_differs_between_images_only_is_not_explained_within_them():
-    rng = np.random.default_rng(1)
-    noise, other = rng.random((2, 3000))
-    of_image = 10.0 * (np.arange(3000) % 10)
-    found = describe(tuples_of(of_image + noise, of_image + other, of_image + noise, 10))
-    assert found.r2 > 0.99 and found.r2_within < 0.01 and found.r2_mirrored == approx(1)
-
-
-def test_thirds_are_by_rate_and_of_tuples_that_send_all_scales():
-    x = np.random.default_rng(0).random(300)
-    low, middle, high, skipping = parts_of(tuples_of(x, x, x, 10)).values()
-    assert low["bits"].max() < middle["bits"].min() and middle["bits"].max() < high["bits"].min()
-    assert len(low) + len(middle) + len(high) + len(skipping) == 300
-    assert set(skipping["kind"]) == {"skipping"} and "skipping" not in set(low["kind"]) | set(high["kind"])
-
-
-@pytest.fixture
-def study() -> Study:
-    """Every method has the accuracies of uniform, at a share of its bits; mirrored, bounds save no more."""
-    shares = {"uniform": 1, "mfiba": 0.8, "mfiba_skip": 0.5, "oracle": 0.6, "oracle_skip": 0.4}
-    shares |= {"oracle_joint": 0.55, "oracle_skip_joint": 0.35, "oracle_mirrored": 0.8}
-
-    def world(shares: dict[str, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
-        bits, accuracy = np.geomspace(1e3, 1e5, 6), np.linspace(0.2, 0.6, 6)
-        rows = [("none", 0, 0.0, 0.7)]
-        rows += [(name, p, share * bits[p], accuracy[p]) for name, share in shares.items() for p in range(6)]
-        points = pd.DataFrame(rows, columns=["method", "point", "bits_per_image", "accuracy"])
-        resamples = pd.concat([points.assign(resample=r) for r in range(3)])
-        return points.assign(task="detection", codec="elic"), resamples
-
-    rng = np.random.default_rng(0)
-    additive = rng.random(300)
-    enumeration = {"image_id": [1, 2, 1, 2], "lambda_prime": [1e-5, 1e-5, 1e-3, 1e-3]}
-    costs = {"additive": [2.0, 1, 4, 4], "descent": [1.5, 1, 4, 2], "optimum": [1.0, 1, 2, 2]}
-    unlucky = shares | {name: shares[peer] for name, peer in PEERS.items()}
-    return Study(
-        *world(shares),
-        *world(unlucky),
-        tuples_of(additive, additive, rng.random(300), 10),
-        pd.DataFrame(enumeration | costs),
-    )
-
-
-def test_tables_say_what_is_luck_and_what_additivity_costs(study):
-    found = bound_tables({("detection", "elic"): study})
-    files, mirrored, lead, enumeration, additivity = found
-    saved = {row[0].rstrip(" *"): float(row[1].split()[0]) for row in files.rows}
-    assert saved["oracle"] == approx(-40) and saved["oracle_skip_joint"] == approx(-65)
-    assert {row[0] for row in files.rows if row[0].endswith("*")} == {f"{name} *" for name in PEERS}
-    leads = {row[1]: [float(cell.split()[0]) for cell in row[3:]] for row in lead.rows}
-    assert leads["oracle"] == approx([20, 0]) and leads["oracle_skip_joint"] == approx([15, 0])
-    assert leads["oracle_mirrored"] == approx([0, 0])
-    assert [row[2:] for row in enumeration.rows] == [
-        ["1.500", "1.250", "1.000", "50.0 %", "25.0 %", "50%", "50%"],
-        ["4.000", "3.000", "2.000", "100.0 %", "50.0 %", "0%", "50%"],
-    ]
-    assert additivity.rows[-1][0] == "detection, elic: all" and additivity.rows[-1][5:8] == ["1.00", "1.00", "1.00"]
-    assert "oracle_joint" in markdown(found) and r"oracle\_joint" in latex(found, "bound")
-
-
-def test_the_figure_of_additivity_is_the_same_again(study, tmp_path):
-    for name in ("a", "b"):
-        additivity_figure(tmp_path / name, "detection", "elic", parts_of(study.additivity))
-    for suffix in ("svg", "png"):
-        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()

@@ -12,7 +12,8 @@ from pycocotools.cocoeval import COCOeval
 
 from stages.lib.coco import COCO_KEYPOINTS, ground_truth, image_path, load_split, make_splits
 from stages.lib.files import disk_check, read_json, write_json
-from stages.lib.params import TASKS, InputError
+from stages.lib.params import TASKS
+from stages.lib.schema import InputError
 
 COUNTS = {"train": 2, "fit": 2, "test": 2}
 COCO_MINI = Path(__file__).parents[2] / "shared" / "coco_mini"

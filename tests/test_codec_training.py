@@ -23,8 +23,9 @@ from stages.lib.coding import FeatureCodec, build_codec, decode_scale, encode_sc
 from stages.lib.features import Features
 from stages.lib.files import read_csv
 from stages.lib.models import Sizes
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
 from stages.lib.planes import Packing, pack
+from stages.lib.schema import InputError
 
 CHANNELS = 4  # tiled 2 x 2
 SIDES = {"0": 48, "1": 24, "2": 12, "3": 6, "pool": 3}  # planes of 96, 48, 24, 12, 6 px

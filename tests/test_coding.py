@@ -29,8 +29,9 @@ from stages.lib.features import Features
 from stages.lib.files import read_csv
 from stages.lib.learned import Coded
 from stages.lib.models import Sizes, build, load_model, save_model
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
 from stages.lib.planes import Packing, pack, plane_shape, unpack
+from stages.lib.schema import InputError
 
 CHANNELS = 5
 LMBDA = 0.005

@@ -19,7 +19,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from stages.lib.tables import LABEL_AWARE, bracketed
+from stages.lib.comparing import LABEL_AWARE
+from stages.lib.tables import bracketed
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -482,10 +483,10 @@ def test_the_extensions_work(tmp_path: Path, coco_root: Path) -> None:
 
 def test_the_columns_of_tables_are_those_of_the_code() -> None:
     from stages import report
-    from stages.lib import coding, features, measuring, tables
+    from stages.lib import coding, comparing, features, measuring
 
     text = " ".join((ROOT / "docs/formats.md").read_text(encoding="utf-8").split())
-    for columns in (coding.LEDGER, measuring.LOSSES, report.RD_POINTS, report.RESAMPLES, tables.BD_RATE):
+    for columns in (coding.LEDGER, measuring.LOSSES, report.RD_POINTS, report.RESAMPLES, comparing.BD_RATE):
         assert f"`{', '.join(columns)}`" in text
     assert features.INDEX[:2] == ["split", "image_id"]
 

@@ -17,7 +17,7 @@ from stages.lib import learned
 from stages.lib.coding import build_codec, load_published
 from stages.lib.elic import Elic
 from stages.lib.learned import SCALE_LIMITS, SCALE_TABLE, Family
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 
 N, M, GROUPS = 16, 32, [8, 24]
 LAMBDAS = [0.0018, 0.0067, 0.025]

@@ -9,7 +9,8 @@ from artifacts import write_features
 from stages.lib import features, models
 from stages.lib.features import SHARD_IMAGES, Features, batches_by_size
 from stages.lib.models import Sizes
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
+from stages.lib.schema import InputError
 
 WIDE = Sizes((50, 90), (60, 100), (64, 128))
 HIGH = Sizes((128, 64), (128, 64), (128, 64))

@@ -13,8 +13,8 @@ import torch
 from stages.lib import hevc
 from stages.lib.coding import FeatureCodec, decode_scale, encode_scale
 from stages.lib.hevc import Hevc
-from stages.lib.params import InputError
 from stages.lib.planes import Packing
+from stages.lib.schema import InputError
 
 codec = Hevc()
 

@@ -24,14 +24,15 @@ from test_measuring import (  # noqa: F401
     root,
 )
 
-from stages.lib import examples, measuring
+from stages.lib import evaluating, examples, measuring
 from stages.lib.accuracy import match
 from stages.lib.allocation import Importance
 from stages.lib.bitstream import FRAME_BYTES
+from stages.lib.evaluating import bits_of
 from stages.lib.examples import KINDS, PER_KIND, Cell, Choices, illustrate, matched, outlines, ranked, savings
 from stages.lib.files import write_csv
 from stages.lib.loss_rate import fit_scales, read_curves
-from stages.lib.measuring import bits_of, decoder, single_scale_losses, truths, uncoded_accuracies
+from stages.lib.measuring import decoder, single_scale_losses, truths, uncoded_accuracies
 from stages.lib.params import SCALES, SKIPPED
 
 # ---------------------------------------------------------------- the rule
@@ -115,7 +116,8 @@ TASKS = ("detection", "keypoints")
 def seer(root, features) -> Iterator[Seer]:  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         found = Seer(root, features)
-        patch.setattr(measuring, "detect_variants", found.detect)
+        for module in (evaluating, measuring):
+            patch.setattr(module, "detect_variants", found.detect)
         yield found
 
 

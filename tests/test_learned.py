@@ -16,7 +16,7 @@ from stages.lib import learned
 from stages.lib.ans import LIMIT, Part, Tables, gaussians
 from stages.lib.elic import Elic
 from stages.lib.learned import SCALE_LIMITS, SCALE_TABLE, LearnedCodec, packet
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 from stages.lib.tcm import LicTcm
 
 M = 32

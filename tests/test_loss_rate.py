@@ -19,7 +19,8 @@ from stages.lib.loss_rate import (
     rivals,
     sensitivity_labels,
 )
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
+from stages.lib.schema import InputError
 
 LAMBDAS = ["q1", "q2", "q3"]
 IDS = [3, 7, 12, 40]  # image 12 has no ground truth

@@ -18,25 +18,20 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pytest import approx
 
-from stages.lib import measuring, models, shapes
+from stages.lib import evaluating, measuring, models, shapes
 from stages.lib.accuracy import average_precision, match, merge, results
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes
+from stages.lib.evaluating import bits_of, choices_of, tabulate
 from stages.lib.features import Features
 from stages.lib.files import read_csv, write_csv
 from stages.lib.learned import Coded
-from stages.lib.measuring import (
-    bits_of,
-    choices_of,
-    single_scale_losses,
-    tabulate,
-    truths,
-    uncoded_accuracies,
-)
+from stages.lib.measuring import single_scale_losses, truths, uncoded_accuracies
 from stages.lib.models import Sizes
-from stages.lib.params import COARSER, SCALES, SKIPPED, TASKS, InputError
+from stages.lib.params import COARSER, SCALES, SKIPPED, TASKS
 from stages.lib.planes import Packing
 from stages.lib.prediction import Predictor
+from stages.lib.schema import InputError
 
 CHANNELS, SIDE, PADDED = 4, 64, (64, 64)
 QUALITIES = {"q1": 3, "q2": 10, "q3": 60}  # for `Rounding`
@@ -158,7 +153,8 @@ class Seer:
 @pytest.fixture
 def seer(root, features, monkeypatch) -> Seer:
     seer = Seer(root, features)
-    monkeypatch.setattr(measuring, "detect_variants", seer.detect)
+    for module in (evaluating, measuring):
+        monkeypatch.setattr(module, "detect_variants", seer.detect)
     return seer
 
 

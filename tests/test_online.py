@@ -42,8 +42,9 @@ from stages.lib.online import (
     load_networks,
     nearest_in_size,
 )
-from stages.lib.params import COARSER, SCALES, SKIPPED, TASKS, InputError
+from stages.lib.params import COARSER, SCALES, SKIPPED, TASKS
 from stages.lib.planes import Packing
+from stages.lib.schema import InputError
 
 ROOT = Path(__file__).parents[1]
 IMAGE, SIZE = Path("image_12.png"), (40, 50)  # height, width in px; 32 x 40 as the backbone sees it

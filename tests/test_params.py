@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 import yaml
 
+from stages.lib.command import entry
 from stages.lib.files import atomic, read_csv, read_json, write_csv, write_json
-from stages.lib.params import InputError, check_params, entry, load_params
+from stages.lib.params import check_params, load_params
+from stages.lib.schema import InputError
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted([ROOT / "params.yaml", *ROOT.glob("profiles/*/params.yaml")])

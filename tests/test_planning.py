@@ -10,8 +10,9 @@ import pytest
 import yaml
 from pytest import approx
 
-from stages.lib.params import InputError, load_params
+from stages.lib.params import load_params
 from stages.lib.planning import SHARDED, Run, _extrapolated, forked, items_of, planned, run_sample, sampled
+from stages.lib.schema import InputError
 from stages.plan import table
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,9 @@ from torch.nn.functional import max_pool2d, pixel_shuffle, pixel_unshuffle, unfo
 from stages.lib.coding import pyramid_shapes
 from stages.lib.features import Features
 from stages.lib.models import Sizes
-from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, InputError
+from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES
 from stages.lib.prediction import KERNEL, Predictor, fit, load, save
+from stages.lib.schema import InputError
 
 CHANNELS, PADDED, IMAGES = 2, (64, 96), 12
 

@@ -15,7 +15,7 @@ import torch
 
 from stages.lib import files, shards
 from stages.lib.features import SHARD_IMAGES, Shard, shards_of
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 from stages.lib.shards import map_in_memory, map_shards, unfinished
 
 SHARDS = shards_of({"fit": range(3 * SHARD_IMAGES + 5), "test": range(100, 100 + SHARD_IMAGES)})

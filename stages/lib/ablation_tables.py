@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from stages.lib.tables import ANCHOR, BD_RATE, Table, bd_cell, bracketed, compare, label_aware_note, number, paired
+from stages.lib.comparing import ANCHOR, BD_RATE, compare, paired
+from stages.lib.tables import Table, bd_cell, bracketed, label_aware_note, number
 
 ABLATION = [
     "task",
@@ -36,7 +37,10 @@ def ablation_tables(
 ) -> list[Table]:
     """ablation.csv, and of each study sizes.csv and rate_control.csv -> what each part of the method buys."""
     return [
-        *(_ablation_table(*cell, rows) for cell, rows in ablations.groupby(["task", "codec"], sort=False)),
+        *(
+            _ablation_table(task, codec, rows)
+            for (task, codec), rows in ablations.groupby(["task", "codec"], sort=False)
+        ),
         *(
             _sizes_table(study, quantity, rows)
             for study, table in sizes.items()
@@ -47,7 +51,7 @@ def ablation_tables(
 
 
 def _ablation_table(task: str, codec: str, ablations: pd.DataFrame) -> Table:
-    rows, notes = [], {}
+    rows, notes = [], dict[str, int]()
     for part, of_part in ablations.groupby("part", sort=False):
         rows.append([f"{part}:", "", "", ""])
         for _, row in of_part.iterrows():

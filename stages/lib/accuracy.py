@@ -18,7 +18,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
-from stages.lib.params import TASKS, InputError
+from stages.lib.params import TASKS
+from stages.lib.schema import InputError
 
 if TYPE_CHECKING:  # only annotations need torch: resampling must start at once
     from torch import Tensor
@@ -128,26 +129,21 @@ def match_variants(truth: COCO, variants: list[list[dict[str, Any]]], image_ids:
 
 def merge(parts: list[Matches]) -> Matches:
     """Matches of separate images, of one ground truth -> those of all of them, as one call of `match` would give."""
-    image_ids = np.concatenate([part.image_ids for part in parts])
+    image_ids, category, score, matched, ignored, n_positive, utility = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in Matches._fields if name != "image"
+    )
     shift = np.cumsum([0, *(len(part.image_ids) for part in parts[:-1])])
     image = np.concatenate([part.image + by for part, by in zip(parts, shift, strict=True)])
-    category = np.concatenate([part.category for part in parts])
     order = np.lexsort((image_ids[image], category))  # stable: the falling scores of an image stay as they are
-    return Matches(
-        image_ids,
-        image[order],
-        category[order],
-        *(np.concatenate([getattr(part, name) for part in parts])[order] for name in ("score", "matched", "ignored")),
-        n_positive=np.concatenate([part.n_positive for part in parts]),
-        utility=np.concatenate([part.utility for part in parts]),
-    )
+    of_detections = image[order], category[order], score[order], matched[order], ignored[order]
+    return Matches(image_ids, *of_detections, n_positive, utility)
 
 
 def _by_pair(
     found: list[dict[str, Any]], image_ids: dict[int, int], category_ids: dict[int, int]
 ) -> dict[tuple[int, int], list[dict[str, Any]]]:
     """(image id, category id) -> its detections, with the fields that COCO.loadRes adds."""
-    pairs = defaultdict(list)
+    pairs: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for item in found:
         if item["image_id"] in image_ids and item["category_id"] in category_ids:
             same = pairs[item["image_id"], item["category_id"]]

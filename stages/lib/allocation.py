@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from stages.lib.loss_rate import Curves, importance_labels, predicted_bits, read_table
-from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED, InputError
+from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED
+from stages.lib.schema import InputError
 
 NOISE_FLOOR = 0.01  # upstream: smaller drops count as none
 LEAST_WEIGHT = 1e-8  # upstream
@@ -188,7 +189,9 @@ def mfiba_skip(sensitivity: np.ndarray, precoded_bits: np.ndarray, fit: dict, pr
     return lambda lambda_prime: with_skipping(loss, skipped, bits, lambda_prime)
 
 
-def with_skipping(loss: np.ndarray, loss_skipped: np.ndarray, bits: np.ndarray, lambda_prime: float) -> np.ndarray:
+def with_skipping(
+    loss: np.ndarray, loss_skipped: np.ndarray, bits: np.ndarray, lambda_prime: float | np.ndarray
+) -> np.ndarray:
     """argmin over phi of  sum_s cost_s(phi_s),  phi_s in SKIPPED, 0 .. K-1 -> [n, 5], fewest bits of ties.
 
     cost_s = loss[s, phi_s] + lambda' * bits[s, phi_s] of a scale that is sent; one that is not costs loss_skipped[s,
@@ -268,7 +271,7 @@ def operating_points(choose: Choose, bits: np.ndarray, targets: np.ndarray) -> l
     ends = np.array([mean_bits(log_lambda) for log_lambda in LOG10_LAMBDA_PRIME])
     generous = LOG10_LAMBDA_PRIME[np.flatnonzero(ends == ends[0])[-1]]  # the largest price that changes nothing
     frugal = LOG10_LAMBDA_PRIME[np.flatnonzero(ends == ends[-1])[0]]
-    found = {}
+    found: dict[bytes, Point] = {}
     for target in targets:
         low, high = float(generous), float(frugal)
         limit = target * (1 + SAME_BITS)

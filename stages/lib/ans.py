@@ -15,7 +15,7 @@ import numpy as np
 from constriction import stream
 from scipy.stats import norm
 
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 
 BOTTOM = stream.model.Uniform(2)  # of the stack lies a 1, a bit that tells a string that ran out from one that ended
 LIMIT = 511  # the largest number that is coded

@@ -14,7 +14,7 @@ import operator
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from compressai.ans import RansDecoder, RansEncoder
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from stages.lib.ans import Decoder, Part, Tables
@@ -33,6 +33,7 @@ from stages.lib.learned import HYPER_STRIDE, SCALE_TABLE, Code, Family, LearnedC
 from stages.lib.models import DEVICE
 from stages.lib.planes import pack
 from stages.lib.shards import map_in_memory, workers
+from stages.lib.tcm import LicTcm
 
 MOST_NUMBERS = 1_000_000  # of the entropy coder's comparison
 
@@ -42,7 +43,8 @@ Run = Callable[[], Any]
 @torch.inference_mode()
 def measure(feature_codec: FeatureCodec, pyramid: dict[str, Tensor], lmbda: float, repetitions: int) -> dict[str, Any]:
     """One codec on the planes of feature maps, scale -> [N, C, H, W]; `seconds` are those of all the planes."""
-    codec, level = feature_codec.codec, feature_codec.codec.level(lmbda)
+    codec: Any = feature_codec.codec  # a learned one, or a family of them
+    level = codec.level(lmbda)
 
     def encode() -> list[bytes]:
         return [r.data for scale, maps in pyramid.items() for r in encode_scale(maps, scale, level, feature_codec)]
@@ -137,11 +139,12 @@ def peak_memory(weights: Path, lmbda: float, side: int) -> dict[str, Any]:
     noise = torch.randn(1, packing.plane_channels, side, side, generator=torch.Generator().manual_seed(0))
     planes, level, before_mib = (0.5 + 0.1 * noise).to(DEVICE), codec.level(lmbda), _peak_mib()
     (coded,), peak_mib = codec.encode(planes, level), _peak_mib()
-    _same("plane", torch.equal, [coded.plane], list(codec.decode([coded.string], level, tuple(coded.plane.shape))))
+    c, height, width = coded.plane.shape
+    _same("plane", torch.equal, [coded.plane], list(codec.decode([coded.string], level, (c, height, width))))
     return {"device": DEVICE.type, "before_mib": before_mib, "peak_mib": peak_mib}
 
 
-def timings(runs: dict[str, tuple[Run, Callable | None]], repetitions: int) -> dict[str, float]:
+def timings(runs: Mapping[str, tuple[Run, Callable | None]], repetitions: int) -> dict[str, float]:
     """Runs and what checks their results -> median seconds. They take turns: a slow minute is one for all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repetitions):
@@ -169,36 +172,47 @@ def record(codec: LearnedCodec, run: Run) -> tuple[Calls, Any]:
     net, transforms, tables, calls = codec.net, codec._transforms, codec._tables, Calls([], [])
 
     def kept(part: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: calls.network.append(partial(part, x)) or part(x)
+        def call(x: Tensor) -> Tensor:
+            calls.network.append(partial(part, x))
+            return part(x)
+
+        return call
 
     def walk(side: Tensor, y: Tensor, code: Code) -> Tensor:
         coded: list[Tensor] = []
+
+        def keep(*part: Any) -> Tensor:
+            coded.append(code(*part))
+            return coded[-1]
 
         def again() -> Tensor:
             parts = iter(coded)
             return net.walk(side, y, lambda *_: next(parts))
 
         calls.network.append(again)
-        return net.walk(side, y, lambda *part: coded.append(code(*part)) or coded[-1])
+        return net.walk(side, y, keep)
+
+    def encode(parts: list[Part]) -> tuple[bytes, int]:
+        calls.coder.append(parts)
+        return tables.encode(parts)
 
     models = {name: getattr(net, name) for name in ("entropy_bottleneck", "gaussian_conditional")}
     hyper = {name: kept(getattr(net, name)) for name in ("h_a", "h_s")}
-    vars(codec)["net"] = SimpleNamespace(walk=walk, **models, **hyper)  # is found before the sub-module
-    codec._transforms = {kind: tuple(map(kept, pair)) for kind, pair in transforms.items()}
-    codec._tables = SimpleNamespace(
-        bits=tables.bits, encode=lambda parts: calls.coder.append(parts) or tables.encode(parts)
-    )
+    own = vars(codec)
+    own["net"] = SimpleNamespace(walk=walk, **models, **hyper)  # is found before the sub-module
+    own["_transforms"] = {kind: tuple(map(kept, pair)) for kind, pair in transforms.items()}
+    own["_tables"] = SimpleNamespace(bits=tables.bits, encode=encode)
     try:
         return calls, run()
     finally:
-        del vars(codec)["net"]
+        del own["net"]
         codec._transforms, codec._tables = transforms, tables
 
 
 # ---- the same with compressai
 
 
-def plain_network(codec: LearnedCodec, level: int) -> nn.Module:
+def plain_network(codec: LearnedCodec, level: int) -> Elic | LicTcm:
     """The network with gain and centre inside, in plain memory layout, and compressai's tables."""
     net = copy.deepcopy(codec.net).to(memory_format=torch.contiguous_format)
     gain, inverse = (codec._at(table, codec._position_of(level)) for table in (codec.log_gain, codec.log_inverse))
@@ -210,7 +224,7 @@ def plain_network(codec: LearnedCodec, level: int) -> nn.Module:
     return net
 
 
-def plain_compress(net: nn.Module, x: Tensor) -> Run:
+def plain_compress(net: Elic | LicTcm, x: Tensor) -> Run:
     """Padded plane [1, c, H, W] -> what decompresses it. ELIC: compressai's own; LIC-TCM: as its authors wrote it.
 
     Numbers are rounded to the nearest; what a sender may do beyond that is the project's own.
@@ -250,7 +264,7 @@ def plain_compress(net: nn.Module, x: Tensor) -> Run:
 class Rans:
     """compressai's coder on the tables of a network, numbered as in `learned`: Gaussians, then channels of z."""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: Elic | LicTcm):
         models, names = (net.gaussian_conditional, net.entropy_bottleneck), ("quantized_cdf", "cdf_length", "offset")
         self.models = [[row for model in models for row in getattr(model, name).tolist()] for name in names]
 

@@ -36,7 +36,8 @@ from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.lib.params import MAX_SIDE, SCALES, InputError
+from stages.lib.params import MAX_SIDE, SCALES
+from stages.lib.schema import InputError
 
 MAGIC, VERSION = b"MFB", 2
 PAD = 32  # px; torchvision's transform pads to multiples of it

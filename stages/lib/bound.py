@@ -19,31 +19,29 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torchvision.models.detection import FasterRCNN
 
 from stages.lib.accuracy import Matches, match_variants, merge
 from stages.lib.allocation import oracle, with_skipping
 from stages.lib.coding import FeatureCodec
-from stages.lib.features import Features
-from stages.lib.loss_rate import Curves
-from stages.lib.measuring import (
+from stages.lib.evaluating import (
     Choices,
     Evaluation,
-    Pyramid,
-    Truths,
     Variant,
     bits_of,
     choices_of,
-    decoder,
     joint_matches,
     joint_results,
     tabulate,
 )
+from stages.lib.features import Features
+from stages.lib.loss_rate import Curves
+from stages.lib.measuring import Pyramid, Truths, decoder
 from stages.lib.models import DEVICE
 from stages.lib.params import COARSER, SCALES, SKIPPED
 from stages.lib.planes import pack, unpack
@@ -82,7 +80,7 @@ class _Part(NamedTuple):
 
 
 def bound(
-    detector: nn.Module,
+    detector: FasterRCNN,
     features: Features,
     coded: Path,
     lambdas: dict[str, float],
@@ -121,9 +119,13 @@ def bound(
         joint = descend_points(choices, price, image_ids, curves, loss)
         other = choose_on(loss_mirrored, image_ids, price[points_of(choices, "oracle")], curves)
         phi = {i: np.concatenate([choices.phi[i], joint[i], other[i]]) for i in image_ids}
+        matches, matches_mirrored = (
+            joint_matches(detector, maps, *args, {task: Choices(points, phi)})[task] for maps in (decoded, mirrored)
+        )
         return _Part(
             phi,
-            *(joint_matches(detector, maps, *args, {task: Choices(points, phi)})[task] for maps in (decoded, mirrored)),
+            matches,
+            matches_mirrored,
             additivity(np.intersect1d(image_ids, labelled), curves, loss, loss_mirrored, seed),
             enumerate_tuples(np.intersect1d(image_ids, enumerated), all_prices[len(price) :], curves, loss),
         )
@@ -316,7 +318,7 @@ def allocation_of(points: list[tuple[str, int]], price: np.ndarray, phi: dict[in
     """Choices at every point -> the table that `allocate` would write."""
     chosen = np.stack(list(phi.values()), 1)  # [points, n, 5]
     methods, numbers = zip(*points, strict=True)
-    of_point = {"method": methods, "point": numbers, "lambda_prime": price}
+    of_point: dict[str, Any] = {"method": methods, "point": numbers, "lambda_prime": price}
     return pd.DataFrame(
         {name: np.repeat(values, chosen[0].size) for name, values in of_point.items()}
         | {"image_id": np.tile(np.repeat(list(phi), len(SCALES)), len(points))}
@@ -328,5 +330,5 @@ def points_of(choices: Choices, method: str) -> list[int]:
     return [p for p, (name, _) in enumerate(choices.points) if name == method]
 
 
-def _rows(curves: Curves, image_ids: np.ndarray) -> np.ndarray:
+def _rows(curves: Curves, image_ids: np.ndarray | list[int]) -> np.ndarray:
     return np.searchsorted(curves.image_ids, image_ids)  # rising

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from stages.lib.tables import Compared, Table, bracketed, compare, comparison, label_aware_note, paired
+from stages.lib.comparing import Compared, compare, paired
+from stages.lib.tables import Table, bracketed, comparison, label_aware_note
 
 LOSSES = ["joint", "mirrored", "additive"]
 # Of a bound: the method without labels that chooses among the same qualities.

@@ -13,7 +13,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from stages.lib.files import picture, read_json
-from stages.lib.params import MAX_SIDE, TEXT, TEXT_OR_NULL, Check, InputError, is_number, is_whole, whole
+from stages.lib.params import MAX_SIDE
+from stages.lib.schema import TEXT, TEXT_OR_NULL, Check, InputError, is_number, is_whole, whole
 
 Item = dict[str, Any]  # one entry of `images`, `annotations` or `categories`
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -146,6 +146,9 @@ def train(
         x_hat, bits = codec(x, lmbda)
         return ((x_hat.float() - x).square() * mask).flatten(1).sum(1), bits
 
+    def group(learning: list[nn.Parameter], lr: float) -> dict[str, Any]:
+        return {"params": learning, "lr": lr}
+
     done, log, window, kept = 0, [], [], {}
     if checkpoint and checkpoint.exists():
         kept = read_checkpoint(checkpoint, "learners", "done", "log", "window")
@@ -155,12 +158,12 @@ def train(
     feed = iter(DataLoader(crops, None, sampler=unseen, num_workers=FEEDERS, generator=torch.Generator()))
     saved = time.monotonic()
     for errors_and_bits, first, steps, groups in (
-        (latent_error, 0, schedule.entropy_steps, [{"params": others, "lr": schedule.lr}]),
+        (latent_error, 0, schedule.entropy_steps, [group(others, schedule.lr)]),
         (
             plane_error,
             schedule.entropy_steps,
             schedule.steps,
-            [{"params": others, "lr": schedule.lr}, {"params": transform, "lr": schedule.lr * TRANSFORM_RATE}],
+            [group(others, schedule.lr), group(transform, schedule.lr * TRANSFORM_RATE)],
         ),
     ):
         if done >= first + steps:

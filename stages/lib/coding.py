@@ -5,6 +5,7 @@ A record is what `bitstream` describes. An image's bits are those of its `.mfb` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +25,9 @@ from stages.lib.files import atomic, create_h5, open_h5, write_array
 from stages.lib.hevc import Hevc
 from stages.lib.learned import Family, LearnedCodec
 from stages.lib.models import DEVICE, UNBUILT, load_weights, naming, published_state, read_checkpoint
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
 from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
+from stages.lib.schema import InputError
 from stages.lib.tcm import LicTcm
 
 RANGE_BYTES = 4  # of a record
@@ -148,7 +150,7 @@ def encode_scale(features: Tensor, scale: str, level: int, feature_codec: Featur
     for f, plane, value_range, coded in zip(
         features, planes, ranges, codec.encode(torch.stack(planes).to(DEVICE), level), strict=True
     ):
-        data = bitstream.pack_record(bitstream.Record(level, *value_range, coded.string))
+        data = bitstream.pack_record(bitstream.Record(level, value_range.low, value_range.high, coded.string))
         received = coded.plane.cpu()
         mse = (received - plane).square().mean().item()
         # A tile without a channel is a part of the plane, but not of what the receiver unpacks.
@@ -193,10 +195,11 @@ def compress_shard(
     rows: dict[int, list[dict[str, float]]] = {i: [] for i in image_ids}
     for batch in features.batches(image_ids):
         for scale, maps in features.pyramids(batch).items():
-            _, height, width = plane_shape(feature_codec.channels, *maps.shape[2:], feature_codec.packing)
+            _, channels, height, width = maps.shape
+            pixels = math.prod(plane_shape(channels, height, width, feature_codec.packing)[1:])
             for image_id, record in zip(batch, encode_scale(maps, scale, level, feature_codec), strict=True):
                 records[image_id].append(record)
-                rows[image_id].append(_ledger_line(record, height * width))
+                rows[image_id].append(_ledger_line(record, pixels))
     chunks = [record.data for of_image in records.values() for record in of_image]
     ledger = pd.DataFrame([row for of_image in rows.values() for row in of_image])
     with create_h5(path) as file:

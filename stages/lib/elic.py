@@ -61,11 +61,11 @@ class Elic(Elic2022Official):
         if plane_channels != 3:
             self.g_a[0] = nn.Conv2d(plane_channels, N, 5, 2, 2)
             self.g_s[-1] = nn.ConvTranspose2d(N, plane_channels, 5, 2, 2, 1)
-        self._set_context(groups, *context["widths"], context["kernel"])
+        self._set_context(groups, context["widths"], context["kernel"])
 
-    def _set_context(self, groups: list[int], first: int, second: int, kernel: int) -> None:
+    def _set_context(self, groups: list[int], widths: list[int], kernel: int) -> None:
         """Channel and checkerboard context as in compressai's Elic2022Official, of other widths."""
-        latent = self.latent_codec["y"]
+        latent, (first, second) = self.latent_codec["y"], widths
         for k, width in enumerate(groups):
             latent[f"y{k}"].context_prediction = CheckerboardMaskedConv2d(width, 2 * width, kernel, 1, kernel // 2)
             if k > 0:
@@ -133,8 +133,8 @@ class Elic(Elic2022Official):
             elif isinstance(module, AttentionBlock):
                 module.conv_b[-1].weight.mul_(0.01)
                 module.conv_b[-1].bias.fill_(-5.0)  # sigmoid: the gate is almost shut
-        down = [m for m in self.g_a if isinstance(m, nn.Conv2d)]
-        up = [m for m in self.g_s if isinstance(m, nn.ConvTranspose2d)]
+        down: list[Any] = [m for m in self.g_a if isinstance(m, nn.Conv2d)]
+        up: list[Any] = [m for m in self.g_s if isinstance(m, nn.ConvTranspose2d)]
         for analysis, synthesis, level in zip(down, reversed(up), packet(basis), strict=True):
             level = level[: analysis.out_channels, : analysis.in_channels]
             made, bands = level.shape[:2]

@@ -20,7 +20,7 @@ from matplotlib.path import Path as Polygon
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
-from torch import nn
+from torchvision.models.detection import FasterRCNN
 
 from stages.lib.ablation import measured
 from stages.lib.accuracy import match_variants
@@ -28,10 +28,11 @@ from stages.lib.allocation import Choose, Importance, mfiba_skip, uniform
 from stages.lib.bd_rate import Curve, bd_rate
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.bound import additive_loss, bits_at
+from stages.lib.evaluating import joint_results
 from stages.lib.features import Features
+from stages.lib.heads import Asked
 from stages.lib.loss_rate import Curves, importance_labels
-from stages.lib.measuring import Pyramid, Truths, joint_results
-from stages.lib.models import Asked
+from stages.lib.measuring import Pyramid, Truths
 from stages.lib.params import SCALES
 from stages.lib.prediction import Predictor
 from stages.lib.shards import map_in_memory
@@ -108,7 +109,7 @@ def matched(anchor_bits: np.ndarray, bits: np.ndarray) -> np.ndarray:
 
 
 def illustrate(
-    detector: nn.Module,
+    detector: FasterRCNN,
     features: Features,
     decode: Callable[[list[int]], list[Pyramid]],
     predictor: Predictor,
@@ -220,9 +221,9 @@ def outlines(mask: np.ndarray) -> list[list[float]]:
     grid = np.pad(mask[::step, ::step], 1)  # outlines are closed at the image's border, too
     found = []
     for line in contourpy.contour_generator(z=grid.astype(float)).lines(0.5):
-        path = Polygon(line)
+        path = Polygon(np.asarray(line))
         path.should_simplify, path.simplify_threshold = True, SIMPLIFIED
-        vertices = path.cleaned(simplify=True).vertices[:-1]  # after the last, (0, 0) marks the end
+        vertices = np.asarray(path.cleaned(simplify=True).vertices)[:-1]  # after the last, (0, 0) marks the end
         found.append(np.round((vertices - 0.5) * step, 1).ravel().tolist())  # pixel centres are at 0.5
     return found
 

@@ -8,7 +8,7 @@ index.csv           a row for each image: split, image_id and its sizes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from stages.lib.files import create_h5, open_h5, read_csv, write_array
 from stages.lib.models import Sizes, images_per_pass
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
+from stages.lib.schema import InputError
 
 SHARD_IMAGES = 16  # of a shard
 BATCH = 8  # images of one size that pass the heads together, or fewer if they are large
@@ -41,7 +42,7 @@ class Shard(NamedTuple):
         return f"{self.split}-{self.number:05}"
 
 
-def shards_of(splits: dict[str, Sequence[int]]) -> list[Shard]:
+def shards_of(splits: Mapping[str, Sequence[int]]) -> list[Shard]:
     """Image ids of every split -> shards, ids rising."""
     shards = []
     for split, image_ids in splits.items():
@@ -130,7 +131,8 @@ class Features:
 
 def sizes_from(numbers: list[int]) -> Sizes:
     """Six numbers, as stored -> sizes."""
-    return Sizes(tuple(numbers[:2]), tuple(numbers[2:4]), tuple(numbers[4:]))
+    height, width, rows, columns, padded_rows, padded_columns = numbers
+    return Sizes((height, width), (rows, columns), (padded_rows, padded_columns))
 
 
 def batches_by_size(sizes: dict[int, Sizes]) -> Iterator[list[int]]:

@@ -6,6 +6,7 @@ One colour and marker per method everywhere, from the palette of Okabe and Ito (
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectang
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from stages.lib.bd_rate import INTERVAL_PERCENTILES
+from stages.lib.comparing import ANCHOR, HEROES, LABEL_AWARE, UNCODED, resampled
 from stages.lib.files import atomic
 from stages.lib.params import SCALES
-from stages.lib.tables import ANCHOR, HEROES, LABEL_AWARE, UNCODED, resampled
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
@@ -62,7 +63,7 @@ FORMATS = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 def saved(stem: Path, width: float, height: float, layout: str = "constrained") -> Iterator[Figure]:
     """An empty figure of so many inches, written to <stem>.svg and <stem>.png when the block ends."""
     with style.context(["default", LOOK]):
-        figure = Figure((width, height), layout=layout)
+        figure = Figure((width, height), layout=layout)  # type: ignore[arg-type]  # its types lack "none"
         yield figure
         for suffix, metadata in FORMATS.items():
             with atomic(Path(f"{stem}.{suffix}")) as scratch:
@@ -97,8 +98,8 @@ def rd_figure(stem: Path, points: pd.DataFrame, resamples: pd.DataFrame, authors
                 band = low[rows["point"]], high[rows["point"]]
                 axes.fill_between(rows["bits_per_image"], *band, color=colour, alpha=0.13, linewidth=0, zorder=1)
         if authors is not None:
-            look = {"color": BLACK, "marker": "x", "linestyle": "", "label": "the authors' own *", "zorder": 4}
-            axes.plot(authors["bits_per_image"], authors["accuracy"], **look)
+            x, y = authors["bits_per_image"], authors["accuracy"]
+            axes.plot(x, y, color=BLACK, marker="x", linestyle="", label="the authors' own *", zorder=4)
         plain_log_x(axes)
         axes.set_xlabel("bits per image")
         axes.set_ylabel(f"{uncoded['accuracy_name']} on {uncoded['split']}")
@@ -248,8 +249,8 @@ def grouped_bars(
     place = np.arange(len(table)) - 0.4 + width / 2
     for number, (name, colour) in enumerate(colours.items()):
         error = None if errors is None else errors[name]
-        look = {"color": colour, "label": name, "error_kw": {"elinewidth": 0.8, "ecolor": GREY}}
-        axes.bar(place + number * width, table[name], width, yerr=error, **look)
+        line = {"elinewidth": 0.8, "ecolor": GREY}
+        axes.bar(place + number * width, table[name], width, yerr=error, color=colour, label=name, error_kw=line)
     axes.set_xticks(np.arange(len(table)), table.index)
     axes.grid(axis="x", visible=False)
 
@@ -357,7 +358,7 @@ def _box(
 def _arrow(
     axes: Axes, start: tuple[float, float], end: tuple[float, float], linewidth: float = 1.4, color: str = BLACK
 ) -> None:
-    look = {"arrowstyle": "-|>", "mutation_scale": 9 + 2 * linewidth, "shrinkA": 0, "shrinkB": 0}
+    look: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 9 + 2 * linewidth, "shrinkA": 0, "shrinkB": 0}
     axes.add_patch(FancyArrowPatch(start, end, color=color, linewidth=linewidth, **look))
 
 

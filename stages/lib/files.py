@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from stages.lib.params import InputError, check
+from stages.lib.schema import InputError, check
 
 PICTURES = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # others can be programs, as EPS is
 RESERVE = 2**25  # bytes of a disk that no array takes: HDF5 writes once more where a file is closed
@@ -69,7 +69,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, schema: Any = None) -> Any:
-    """Raises InputError that names the file, and a key whose value is not as `params.check` wants it."""
+    """Raises InputError that names the file, and a key whose value is not as `schema.check` wants it."""
     try:
         with open(path, encoding="utf-8") as file:
             value = json.load(file)

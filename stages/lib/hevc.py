@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.lib.learned import Coded
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 
 PEAK = 1023  # of 10 bits, at which x265 also predicts and reconstructs
+PIXELS = "gray10le"
 LEAST_SIDE = 16  # of a picture that x265 takes
 SLICE_START = b"\x00\x00\x01\x28\x01"  # start code and header of an IDR slice, always these; never found inside one
 # The squared error decides (no psychovisual terms, one QP everywhere). `medium`, with less RDOQ, costs 5 % more bits,
@@ -67,13 +68,13 @@ class Hevc(nn.Module):
         """
         c, height, width = shape
         rows, columns = _picture_shape(c, height, width)
-        start = _encoder(rows, columns, 0).extradata + SLICE_START
+        start = _encoder(rows, columns, 0).extradata + SLICE_START  # type: ignore[operator]  # an open one has them
         pictures = []
         for string in strings:
             picture = _decode(start + string)
             # The decoder reads on where a slice breaks off, and makes a picture of whatever follows.
             complete = np.array_equal(picture, _decode(start + string + b"\xff" * 16))
-            if not complete or np.shape(picture) != (rows, columns):
+            if not complete or picture.shape != (rows, columns):
                 raise InputError(
                     f"HEVC string of {len(string)} bytes: not a whole picture of {rows} x {columns}; code it again"
                 )
@@ -88,7 +89,7 @@ def _picture_shape(c: int, height: int, width: int) -> tuple[int, int]:
 def _encoder(rows: int, columns: int, qp: int) -> av.VideoCodecContext:
     """x265, opened: its `extradata` are the parameter sets."""
     encoder = av.CodecContext.create("libx265", "w")
-    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = columns, rows, "gray10le", Fraction(1)
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = columns, rows, PIXELS, Fraction(1)
     encoder.flags |= Flags.global_header
     encoder.options = OPTIONS | {"x265-params": f"{X265_PARAMS}:qp={qp}"}
     encoder.open()
@@ -97,18 +98,19 @@ def _encoder(rows: int, columns: int, qp: int) -> av.VideoCodecContext:
 
 def _encode(picture: np.ndarray, qp: int) -> bytes:
     """uint16 [rows, columns] -> its slice, by an encoder of its own: no other picture can change it."""
-    encoder = _encoder(*picture.shape, qp)
-    frame = av.VideoFrame.from_ndarray(picture, format=encoder.pix_fmt)
+    rows, columns = picture.shape
+    encoder = _encoder(rows, columns, qp)
+    frame = av.VideoFrame.from_ndarray(picture, format=PIXELS)
     (packet,) = encoder.encode(frame) + encoder.encode(None)
     return bytes(packet).rpartition(SLICE_START)[2]
 
 
-def _decode(stream: bytes) -> np.ndarray | None:
-    """The picture of a stream, uint16 [rows, columns]; None unless there is exactly one."""
+def _decode(stream: bytes) -> np.ndarray:
+    """The picture of a stream, uint16 [rows, columns]; [0, 0] unless there is exactly one."""
     decoder = av.CodecContext.create("hevc", "r")
     decoder.thread_count = 1
     try:
         frames = decoder.decode(av.Packet(stream)) + decoder.decode(None)
     except av.FFmpegError:
-        return None
-    return frames[0].to_ndarray() if len(frames) == 1 else None
+        frames = []
+    return frames[0].to_ndarray() if len(frames) == 1 else np.empty((0, 0), np.uint16)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.lib.ans import LIMIT, Decoder, Part, Tables, gaussians
-from stages.lib.params import InputError
+from stages.lib.schema import InputError
 
 STRIDE = 32  # planes are padded to multiples of it, so that the sides of y are even, as a checkerboard needs
 HYPER_STRIDE = 4  # of z in y, which is padded to multiples of it
@@ -91,6 +91,8 @@ class LearnedCodec(nn.Module):
             squared error.
     """
 
+    log_lambdas: Tensor  # [gains], rising
+
     def __init__(
         self,
         net: Network,
@@ -101,7 +103,8 @@ class LearnedCodec(nn.Module):
         thrift: float = THRIFT,
     ):
         super().__init__()
-        self.net, self.centre, self.thrift = net, centre, thrift
+        self.net: Any = net  # a Network and a torch module: no type says both
+        self.centre, self.thrift = centre, thrift
         low, high = map(math.log, lambda_range)
         self.register_buffer("log_lambdas", torch.linspace(low, high, gains))
         # An orthonormal transform meets lambda with noise D = 1 / (2 ln 2 lambda 255^2), so with a step sqrt(12 D).
@@ -267,7 +270,7 @@ class LearnedCodec(nn.Module):
         kind = _transform_type(16 * y_hat.shape[2] * 16 * y_hat.shape[3])
         return self._transforms[kind][1]((y_hat * rate.inverse).to(kind)).float() + self.centre
 
-    def _hyper_tables(self, size: tuple[int, int]) -> np.ndarray:
+    def _hyper_tables(self, size: tuple[int, ...]) -> np.ndarray:
         """Tables of the hyper-latent's numbers [N h w]: one per channel, behind the Gaussians' tables."""
         channels = np.arange(self._medians.shape[1], dtype=np.uint16)
         return np.repeat(len(SCALE_TABLE) + channels, size[0] * size[1])
@@ -283,8 +286,9 @@ class Family(nn.Module):
 
     def __init__(self, nets: list[Network], M: int, lambdas: list[float]):
         super().__init__()
-        self.members = nn.ModuleList(LearnedCodec(net, M, (1.0, 2.0), 2, centre=0.0, thrift=0.0) for net in nets)
-        for member in self.members:
+        members = [LearnedCodec(net, M, (1.0, 2.0), 2, centre=0.0, thrift=0.0) for net in nets]
+        self.members: Sequence[LearnedCodec] = nn.ModuleList(members)  # type: ignore[assignment]  # forgets what it lists
+        for member in members:
             for table in (member.log_gain, member.log_inverse):
                 nn.init.zeros_(table)
         self.lambdas = lambdas
@@ -311,7 +315,7 @@ def _transform_type(pixels: int) -> torch.dtype:
     return TRANSFORM_TYPE if pixels > SMALL else torch.float32
 
 
-def _in_lanes(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+def _in_lanes(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     if LANES == 1:  # a new thread would not keep to the number of threads that the caller set for torch
         return list(map(function, items))
     with ThreadPoolExecutor(LANES) as pool:

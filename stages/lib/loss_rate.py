@@ -7,26 +7,17 @@ log bits_s(q) = slope_sq * log bits_s(precoding) + offset_sq, from one precoding
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import curve_fit, minimize_scalar
 
 from stages.lib.files import read_csv, read_json
-from stages.lib.params import (
-    FLAGS,
-    NEGATIVE,
-    NUMBER,
-    NUMBER_OR_NULL,
-    POSITIVE,
-    SCALES,
-    Having,
-    InputError,
-    numbers,
-    whole,
-)
+from stages.lib.params import SCALES
+from stages.lib.schema import FLAGS, NEGATIVE, NUMBER, NUMBER_OR_NULL, POSITIVE, Having, InputError, numbers, whole
 
 BETA_RANGE = (-5.0, -0.01)
 BETA_GRID = 200  # starts of the search: the error has several minima in beta
@@ -209,7 +200,7 @@ def fit_scales(curves: Curves, precode: int) -> dict:
     labels = weights[curves.labelled]
     drops = curves.drop[curves.labelled]
     bpp_plane = curves.bpp_plane
-    out = {"n_images": len(curves.image_ids), "n_labelled": len(labels)}
+    out: dict[str, Any] = {"n_images": len(curves.image_ids), "n_labelled": len(labels)}
     out |= {model: {} for model in ("power", "upstream", "rate_phi", "mean", "label", "rate", "rivals")}
     losses, losses_skipped = mean_loss(curves.loss), mean_loss(curves.loss_skipped)
     for s, scale in enumerate(SCALES):
@@ -265,7 +256,7 @@ def rivals(curves: Curves, s: int) -> dict[str, float | None]:
     loss, rate, mse = curves.loss[:, s], curves.bpp_plane[:, s], curves.mse[:, s]
     rate, mse = rate / rate.mean(), mse / mse.mean()
     fold = np.arange(len(loss)) % FOLDS
-    shapes = {
+    shapes: dict[str, tuple[Callable[..., np.ndarray], np.ndarray]] = {
         "power": (lambda r, a, b: a * r**-b, rate),
         "power_offset": (lambda r, a, b, c: a * r**-b + c, rate),
         "exponential": (lambda r, a, b: a * np.exp(-b * r), rate),
@@ -360,7 +351,7 @@ def _fit_rate(bits: np.ndarray, precode: int) -> dict[str, list[float]]:
     return {"slope": slope.tolist(), "offset": offset.tolist(), "error": np.abs(error).mean(0).tolist()}
 
 
-def _json_number(value: object) -> object:
+def _json_number(value: Any) -> Any:
     """JSON has no NaN."""
     return None if isinstance(value, float) and np.isnan(value) else value
 

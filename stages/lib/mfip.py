@@ -22,7 +22,8 @@ from stages.lib.features import Features
 from stages.lib.files import atomic
 from stages.lib.loss_rate import FEW_IMAGES, FOLDS
 from stages.lib.models import DEVICE, UNBUILT, load_weights, naming, read_checkpoint
-from stages.lib.params import SCALES, InputError
+from stages.lib.params import SCALES
+from stages.lib.schema import InputError
 from stages.lib.shards import map_in_memory
 
 LEAST_WEIGHT = 1e-4  # of the mean weights: a softmax never gives 0
@@ -54,6 +55,10 @@ class MFIP(nn.Module):
     After the importance predictor of MFIBA (arXiv 2503.19278): purpose and weights are the paper's; its exact layers
     are not reproduced, since `fit` has few images and noisy labels, and the input is the sender's own pyramid.
     """
+
+    mean: Tensor
+    std: Tensor
+    log_mean_weight: Tensor
 
     def __init__(self, feature_channels: int, channels: int):
         super().__init__()
@@ -153,8 +158,8 @@ def train(
     {network: {kl, mae}, constant: {kl, mae}, gain: {kl, standard_error}, correlation per scale, epochs of the folds};
     sensitivity: scale -> {r2, ridge}, held out, against the mean label.
     """
-    image_ids, statistics = collect(described)
-    statistics = torch.from_numpy(statistics)
+    image_ids, collected = collect(described)
+    statistics = torch.from_numpy(collected)
     unknown = set(image_ids.tolist()) ^ set(labels)
     if unknown:
         raise InputError(
@@ -307,16 +312,16 @@ def fit_sensitivity(standard: Tensor, label: Tensor, constant: bool, kinds: Iter
     best = error.argmin(0)
     everything = torch.ones(len(label), dtype=torch.bool)
     solved = {c: solve(everything, candidates[c]) for c in set(best.tolist())}
-    weight, bias, report = [], [], []
+    weights, biases, report = [], [], []
     for s, c in enumerate(best.tolist()):
         slopes, all_bias = solved[c]
-        weight.append(slopes[:, s] * share.flatten())
-        bias.append(all_bias[s])
+        weights.append(slopes[:, s] * share.flatten())
+        biases.append(all_bias[s])
         variance = label[:, s].var(correction=0).item()
         r2 = 1 - error[c, s].item() / variance if variance > LEAST_STD else None
         report.append({"r2": r2, "ridge": candidates[c]})
     chosen = predicted.gather(0, best[None, None].expand(1, *label.shape))[0]
-    return Sense(torch.stack(weight), torch.stack(bias), chosen, report)
+    return Sense(torch.stack(weights), torch.stack(biases), chosen, report)
 
 
 def learned_sensitivity(

@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from functools import cache
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
 from stages.lib import mfip
@@ -41,12 +42,15 @@ from stages.lib.bitstream import (
     parse_record,
 )
 from stages.lib.coding import FeatureCodec, decode_scale, encode_scale, load_codec, pyramid_shapes
+from stages.lib.command import attempt
 from stages.lib.files import picture
+from stages.lib.heads import detect
 from stages.lib.loss_rate import read_fit
-from stages.lib.models import Sizes, detect, load_model, pyramid_of, read_image
-from stages.lib.params import MAX_SIDE, SCALES, SKIPPED, InputError, attempt, load_params, precode_of, read_yaml
+from stages.lib.models import Sizes, load_model, pyramid_of, read_image
+from stages.lib.params import MAX_SIDE, SCALES, SKIPPED, load_params, precode_of, read_yaml
 from stages.lib.prediction import Predictor
 from stages.lib.prediction import load as load_predictor
+from stages.lib.schema import InputError
 
 TOLERANCE = 0.05  # of a wanted size of the file
 MASK_BYTES = 2**33  # that the masks of one image may take; torchvision pastes them into the original size
@@ -91,7 +95,7 @@ class Cell(NamedTuple):
 class Networks(NamedTuple):
     """What both sides have, and the `identity` of their files."""
 
-    detector: nn.Module
+    detector: FasterRCNN
     feature_codec: FeatureCodec
     predictor: Predictor
     model_id: bytes
@@ -171,7 +175,7 @@ def encode(
     _check_choice(len(lambdas), phi, lambda_prime, bpp)
     image = _read(path, cell)
     networks = load_networks(cell)
-    importance = None
+    importance: Any = None  # the models that choose phi
     if phi is None:
         fit = read_fit(cell.made_by("fit_loss_rate"), len(lambdas), "mean", "rate")
         importance = fit, mfip.load(cell.made_by("train_mfip"))
@@ -198,7 +202,7 @@ def encode(
         return 8 * (FRAME_BYTES + sum(map(len, records(phi).values())))
 
     sensitivity = wanted = None
-    if importance is None:
+    if phi is not None:
         (chosen,) = uniform(phi, 1)
     else:
         fit, predictor = importance
@@ -360,7 +364,7 @@ def draw(image: Tensor, detection: dict[str, Tensor], task: str) -> Tensor:
 # ---------------------------------------------------------------- both
 
 
-def _check_sizes(original: tuple[int, int], resized: tuple[int, int], cell: Cell, detector: nn.Module) -> None:
+def _check_sizes(original: tuple[int, int], resized: tuple[int, int], cell: Cell, detector: FasterRCNN) -> None:
     """Raises BitstreamError for sizes that the model's transform does not make, or masks that fit into no memory.
 
     Memory depends on nothing else in a file, so that a forged one cannot ask for more than an image would.
@@ -382,11 +386,11 @@ def _check_sizes(original: tuple[int, int], resized: tuple[int, int], cell: Cell
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """One line, and not the usage before it."""
         self.exit(2, f"{self.prog}: {message}; --help lists what may be given\n")
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[..., None]) -> None:
-    """`params.entry` for a command with options, all of whose outputs are files."""
+    """`command.entry` for a command with options, all of whose outputs are files."""
     attempt(main, vars(parser.parse_args()), folders=False)

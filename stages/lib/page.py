@@ -23,11 +23,12 @@ from stages.lib.allocation import Importance
 from stages.lib.bd_rate import INTERVAL_PERCENTILES
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.bound_tables import describe, parts_of
+from stages.lib.comparing import ANCHOR, HEROES, LABEL_AWARE, UNCODED, resampled
 from stages.lib.figures import BLACK, BLUE, GREEN, GREY, METHODS, ORANGE, OTHER_METHOD, PURPLE, SHADES, SKY, VERMILION
 from stages.lib.files import read_json
 from stages.lib.loss_rate import Curves, importance_labels
 from stages.lib.params import SCALES
-from stages.lib.tables import ANCHOR, HEROES, LABEL_AWARE, UNCODED, bd_cell, resampled
+from stages.lib.tables import bd_cell
 
 SOURCES = Path(__file__).parent / "page"
 DIGITS = 5  # significant ones, of every number in the page

@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor, nn
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 
 from stages.lib import measuring
 from stages.lib.accuracy import match_variants, results
@@ -47,7 +48,7 @@ TOLERANCE = 1e-3  # of accuracies and losses: images that pass a head together a
 class Case(NamedTuple):
     """What both measure."""
 
-    detector: nn.Module
+    detector: FasterRCNN
     features: Features  # uncoded
     images: dict[int, Tensor]  # id -> [3, H, W]
     decoded: dict[str, dict[int, Pyramid]]  # quality -> image id -> scale -> [1, C, H_s, W_s]
@@ -91,8 +92,9 @@ def ours(case: Case) -> pd.DataFrame:
         decoded = [{s: torch.cat([maps[i][s] for i in image_ids]) for s in SCALES} for maps in case.decoded.values()]
         return [*decoded, {s: maps.to(DEVICE) for s, maps in case.features.pyramids(image_ids).items()}]
 
+    codec: Any = None  # nothing is decoded
     with patch.object(measuring, "decoder", lambda *_: decode):
-        measure = single_scale_losses(*fixed, Path(), list(case.decoded), None, case.predictor, case.truth, uncoded)
+        measure = single_scale_losses(*fixed, Path(), list(case.decoded), codec, case.predictor, case.truth, uncoded)
     return measure(image_ids)
 
 
@@ -199,7 +201,7 @@ def random_case(folder: Path, architecture: str, size: tuple[int, int], count: i
 
 
 @torch.inference_mode()
-def _as_if_trained(detector: nn.Module, image: Tensor) -> None:
+def _as_if_trained(detector: FasterRCNN, image: Tensor) -> None:
     """Random weights propose boxes of any size and are sure of all; let them stay near anchors, and be sure of few.
 
     The last layers are scaled so that what moves boxes has a standard deviation of 0.2 of their size, then 0.1, and a
@@ -222,11 +224,11 @@ def _as_if_trained(detector: nn.Module, image: Tensor) -> None:
 
 
 def _quantised(maps: Tensor, step: float) -> Tensor:
-    step = step * maps.std()
-    return (maps / step).round() * step
+    unit = step * maps.std()
+    return (maps / unit).round() * unit
 
 
-def _found(detector: nn.Module, images: dict[int, Tensor], task: str) -> COCO:
+def _found(detector: FasterRCNN, images: dict[int, Tensor], task: str) -> COCO:
     """What a detector finds in images, as their ground truth."""
     annotations: list[dict] = []
     with torch.inference_mode():

@@ -30,8 +30,9 @@ import pandas as pd
 import yaml
 from dvc.repo import Repo
 
-from stages.lib.params import InputError, check_params, load_params
+from stages.lib.params import check_params, load_params
 from stages.lib.progress import progress
+from stages.lib.schema import InputError
 
 SAMPLE_PIXELS, SAMPLE = 2**19, (4, 8)  # images of a split in the smaller sample: by their size, between these
 TRAIN_TIMES = 8  # as many images of `train`: one at least must show an object, for keypoints a person

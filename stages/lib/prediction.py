@@ -7,6 +7,7 @@ quarters of the variance). Scale `pool` is a subsample of scale 3, which the rec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,8 @@ class Predictor(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.channels = channels
-        self.layers = nn.ModuleDict(
-            {scale: nn.Conv2d(channels, 4 * channels, KERNEL, padding=KERNEL // 2) for scale in SCALES[:3]}
-        )
+        layers = {scale: nn.Conv2d(channels, 4 * channels, KERNEL, padding=KERNEL // 2) for scale in SCALES[:3]}
+        self.layers: Mapping[str, nn.Conv2d] = nn.ModuleDict(layers)  # type: ignore[assignment]  # forgets what it holds
         self.requires_grad_(False)  # solved for, not trained
 
     def forward(self, scale: str, coarser: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def fit(features: Features, seed: int) -> Predictor:
             moments += torch.cat([ones, x]) @ torch.cat([ones, x, y]).T
     for scale, moments in sums.items():
         weight, bias = _ridge(moments, inputs)
-        predictor.layers[scale].weight.copy_(weight.T.view(outputs, channels, KERNEL, KERNEL))
-        predictor.layers[scale].bias.copy_(bias)
+        weight = weight.T.view(outputs, channels, KERNEL, KERNEL)
+        predictor.layers[scale].load_state_dict({"weight": weight, "bias": bias})
     return predictor
 
 

@@ -53,6 +53,8 @@ def reported(params: dict[str, Any]) -> Reported:
         if params["prepare"]["source"] == "coco"
         and params["models"][cell["model"]]["architecture"] == ARCHITECTURES[cell["task"]]
     }
-    bd_rate, points = ({key: known[key] for key in known if key in cells} for known in (BD_RATE, POINTS))
     columns = ["lmbda", "bits_per_image", "accuracy"]
-    return Reported(bd_rate, {key: pd.DataFrame(rows, columns=columns) for key, rows in points.items()})
+    return Reported(
+        {key: value for key, value in BD_RATE.items() if key in cells},
+        {key: pd.DataFrame(rows, columns=columns) for key, rows in POINTS.items() if key in cells},
+    )

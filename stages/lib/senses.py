@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from stages.lib import mfip
@@ -16,7 +17,7 @@ from stages.lib.shards import map_in_memory
 
 
 def other_senses(
-    of_fit: Features, of_test: Features, detector: nn.Module, model: mfip.MFIP, smooth: np.ndarray, drops: np.ndarray
+    of_fit: Features, of_test: Features, detector: FasterRCNN, model: mfip.MFIP, smooth: np.ndarray, drops: np.ndarray
 ) -> Senses:
     """Features of fit and test; sensitivity labels of fit from smooth losses and from drops of AP, both [m, 5].
 
@@ -29,11 +30,11 @@ def other_senses(
         "objectness": mfip.learned_sensitivity(model, fit, smooth, test, ["objectness"]),
         "ap": mfip.learned_sensitivity(model, fit, drops, test, mfip.INPUTS),
     }
-    gradients = tuple(gradients_of(part, detector) for part in splits)
+    gradients = gradients_of(of_fit, detector), gradients_of(of_test, detector)
     return Senses(learned, {"variance": (mfip.variance(fit), mfip.variance(test)), "gradient": gradients})
 
 
-def score_gradients(model: nn.Module, pyramid: dict[str, Tensor], sizes: list[Sizes]) -> Tensor:
+def score_gradients(model: FasterRCNN, pyramid: dict[str, Tensor], sizes: list[Sizes]) -> Tensor:
     """Pyramids [N, C, H_s, W_s] of images of one padded size -> |d (sum of the scores) / d (scale s)|, [N, 5].
 
     The scores are those of the box head, of all classes and proposals; the proposals themselves stay as they are, so
@@ -51,7 +52,7 @@ def score_gradients(model: nn.Module, pyramid: dict[str, Tensor], sizes: list[Si
     return torch.stack([of_scale.flatten(1).norm(dim=1) for of_scale in found], 1)
 
 
-def gradients_of(features: Features, model: nn.Module) -> np.ndarray:
+def gradients_of(features: Features, model: FasterRCNN) -> np.ndarray:
     """`score_gradients` of a split, [n, 5], images in rising id."""
 
     def of_batch(image_ids: list[int]) -> np.ndarray:

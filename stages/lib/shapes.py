@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 
-from stages.lib.params import InputError
 from stages.lib.progress import progress
+from stages.lib.schema import InputError
 
 SPLITS = ("train2017", "val2017")
 IDS_PER_SPLIT = 1_000_000  # image ids depend on split and index only, never on how many images are drawn
@@ -253,7 +253,8 @@ def fill(rng: np.random.Generator, behind: np.ndarray, alpha: np.ndarray, unit: 
     direction = rng.uniform(0, 255, 3) - mean
     contrast = rng.uniform(45, 80) if rng.random() < LOW_CONTRAST_SHARE else rng.uniform(120, 230)
     colour = np.clip(mean + direction * contrast / (np.linalg.norm(direction) + 1e-6), 0, 255)
-    pattern = texture(rng, *alpha.shape, unit)[..., None] * rng.uniform(-1, 1, 3) * min(30, contrast / 3)
+    height, width = alpha.shape
+    pattern = texture(rng, height, width, unit)[..., None] * rng.uniform(-1, 1, 3) * min(30, contrast / 3)
     return np.clip(colour + pattern, 0, 255).astype(np.float32)
 
 
@@ -326,7 +327,7 @@ def annotations(scene: Scene, image_id: int) -> list[dict[str, Any]]:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         top, left = int(rows[0]), int(columns[0])
         code = rle.encode(np.asfortranarray(mask, np.uint8))
-        entry = {
+        entry: dict[str, Any] = {
             "id": image_id * IDS_PER_IMAGE + number,
             "image_id": image_id,
             "category_id": CATEGORIES[placed.figure.category],

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import multiprocessing
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -31,15 +32,16 @@ import torch
 
 from stages.lib.files import atomic, disk_check
 from stages.lib.models import DEVICE
-from stages.lib.params import InputError
 from stages.lib.progress import progress
+from stages.lib.schema import InputError
 
 if TYPE_CHECKING:
     from stages.lib.features import Shard
 
 RETRIES = 5  # of a shard whose Ray node is lost
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Load = Callable[[], Callable[[Item], Result]]  # must be picklable where workers are no forks: on GPUs and on Ray
 
 
@@ -62,7 +64,7 @@ def map_shards(
     return list(paths.values())
 
 
-def map_in_memory(load: Load, items: Sequence[Item], name: str) -> list[Result]:
+def map_in_memory(load: Load[Item, Result], items: Sequence[Item], name: str) -> list[Result]:
     """The results in the order of the items; for work that is soon done again."""
     numbered = list(enumerate(items))
     found = execute(partial(_numbered, load), numbered, name)
@@ -124,7 +126,7 @@ def _writer(load: Callable[[], Callable[[Shard, Path], None]], paths: dict[str, 
     return write
 
 
-def _numbered(load: Load) -> Callable[[tuple[int, Item]], Result]:
+def _numbered(load: Load[Item, Result]) -> Callable[[tuple[int, Item]], Result]:
     function = load()
     return lambda item: function(item[1])
 
@@ -132,7 +134,7 @@ def _numbered(load: Load) -> Callable[[tuple[int, Item]], Result]:
 # ---------------------------------------------------------------- executors
 
 
-def execute(load: Load, items: Sequence[Item], name: str) -> Iterator[tuple[Item, Result]]:
+def execute(load: Load[Item, Result], items: Sequence[Item], name: str) -> Iterator[tuple[Item, Result]]:
     """Every item with its result, as they are finished. What `function` raises is raised here; no item is begun then.
 
     name: of the work, for the message of InputError when a worker is killed.
@@ -165,7 +167,7 @@ def workers() -> int:
     return int(text)
 
 
-def _here(load: Load, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+def _here(load: Load[Item, Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -176,12 +178,14 @@ def _here(load: Load, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         torch.set_num_threads(threads)
 
 
-def _in_processes(load: Load, items: Sequence[Item], count: int, name: str) -> Iterator[tuple[Item, Result]]:
+def _in_processes(
+    load: Load[Item, Result], items: Sequence[Item], count: int, name: str
+) -> Iterator[tuple[Item, Result]]:
     # A fork needs no second import of torch; but CUDA does not survive one.
     context = multiprocessing.get_context("fork" if DEVICE.type == "cpu" else "spawn")
     numbers = context.Value("i", 0)
     with ProcessPoolExecutor(count, context, _start, (load, os.getpid(), numbers)) as pool:
-        futures = {pool.submit(_run, item): item for item in items}
+        futures: dict[Future[Result], Item] = {pool.submit(_run, item): item for item in items}
         done = 0
         try:
             for future in as_completed(futures):
@@ -218,14 +222,14 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _run(item: Item) -> Result:
+def _run(item: Any) -> Any:
     global _function
     if _function is None:
         _function = _load()
     return _function(item)
 
 
-def _on_ray(load: Load, items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
+def _on_ray(load: Load[Item, Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
     try:
         import ray
     except ImportError:
@@ -233,12 +237,14 @@ def _on_ray(load: Load, items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
     if not ray.is_initialized():
         paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         try:
-            ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False, logging_level="warning")
+            ray.init(
+                runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False, logging_level=logging.WARNING
+            )
         except (ConnectionError, ValueError) as error:
             address = os.environ["RAY_ADDRESS"]
             raise InputError(f"RAY_ADDRESS is {address!r}: no Ray cluster answers there ({error}); unset it") from None
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_run_on_ray)
+    task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_run_on_ray)
     number, work = next(_jobs), ray.put(load)
     waiting = {task.remote((os.getpid(), number), work, os.getcwd(), item): item for item in items}
     try:
@@ -254,10 +260,10 @@ _jobs = itertools.count()
 _job: tuple[int, int] | None = None  # that this worker of Ray has loaded
 
 
-def _run_on_ray(job: tuple[int, int], load: Load, folder: str, item: Item) -> Result:
+def _run_on_ray(job: tuple[int, int], load: Load, folder: str, item: Any) -> Any:
     global _function, _job
     os.chdir(folder)  # paths of a stage begin at the profile's folder
-    if job != _job:
+    if _function is None or job != _job:
         torch.set_num_threads(1)
         _function, _job = load(), job
     return _function(item)

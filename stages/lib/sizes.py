@@ -7,10 +7,10 @@ import pandas as pd
 from pycocotools.coco import COCO
 
 from stages.lib.accuracy import Matches
+from stages.lib.comparing import ANCHOR, UNCODED, compare
+from stages.lib.evaluating import Choices, tabulate
 from stages.lib.features import Features
-from stages.lib.measuring import Choices, tabulate
 from stages.lib.params import SCALES
-from stages.lib.tables import ANCHOR, UNCODED, compare
 
 SIZES = ("small", "medium", "large")
 METHODS = ("static", "mfiba", "mfiba_skip", "oracle")
@@ -43,7 +43,10 @@ def of_images(matches: Matches, keep: np.ndarray) -> Matches:
     return Matches(
         matches.image_ids[keep],
         position[matches.image[there]],
-        *(getattr(matches, name)[there] for name in ("category", "score", "matched", "ignored")),
+        matches.category[there],
+        matches.score[there],
+        matches.matched[there],
+        matches.ignored[there],
         n_positive=matches.n_positive[keep],
         utility=matches.utility[keep],
     )

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
@@ -223,7 +225,8 @@ class LicTcm(CompressionModel):
         self.h_mean_s = hyper_synthesis()
         self.h_scale_s = hyper_synthesis()
         width = M // slices
-        self.slices = nn.ModuleList(SliceModel(M + k * width, width, context_widths, window) for k in range(slices))
+        models = (SliceModel(M + k * width, width, context_widths, window) for k in range(slices))
+        self.slices: Sequence[SliceModel] = nn.ModuleList(models)  # type: ignore[assignment]  # forgets what it lists
         self.entropy_bottleneck = EntropyBottleneck(hyper_channels)
         self.gaussian_conditional = GaussianConditional(None)
 
@@ -271,12 +274,13 @@ class LicTcm(CompressionModel):
         r leaves of both, l(b) - l(-b) = (1 + r) b. The second block lays out the four pixels that the third needs as
         channels, and its skip takes them. All other branches begin near zero.
         """
-        first, second, third, last = [m for m in self.g_a if not isinstance(m, TcmBlock)]
+        down: list[Any] = [m for m in self.g_a if not isinstance(m, TcmBlock)]
+        up: list[Any] = [m for m in self.g_s if not isinstance(m, TcmBlock)]
+        first, second, third, last = down
         if third.skip.in_channels < 64:
             raise ValueError(
                 f"N = {third.skip.in_channels // 2} is too narrow to start as a transform; choose 32 or more"
             )
-        up = [m for m in self.g_s if not isinstance(m, TcmBlock)]
         ups = [m.upsample[0] if isinstance(m, ResidualBlockUpsample) else m[0] for m in up]
         beside = [m.merge for m in self.modules() if isinstance(m, TcmBlock)]
         beside += [m.conv for m in up if isinstance(m, ResidualBlockUpsample)]

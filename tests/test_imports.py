@@ -1,0 +1,57 @@
+"""What imports what: the stages stand side by side, the library has no cycle, numeric modules do without torch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NUMERIC = ("ablation_tables", "allocation", "bd_rate", "bound_tables", "figures", "loss_rate", "tables")
+
+
+def imported(file: Path) -> set[str]:
+    """Names of what a file imports, with all their dots: modules, and what it takes out of them."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: import by the whole name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def of_library(name: str) -> set[str]:
+    """The modules of stages/lib that one of them imports, for its types too."""
+    parts = (full.split(".") for full in imported(ROOT / f"stages/lib/{name}.py"))
+    return {words[2] for words in parts if words[:2] == ["stages", "lib"]}
+
+
+LIBRARY = {path.stem: of_library(path.stem) for path in ROOT.glob("stages/lib/*.py") if path.stem != "__init__"}
+
+
+def behind(name: str) -> set[str]:
+    """What a module of the library needs of it, directly or not, itself included; the cycle in the message, if any."""
+
+    def visit(name: str, path: tuple[str, ...]) -> set[str]:
+        assert name not in path, f"a cycle: {' -> '.join([*path[path.index(name) :], name])}"
+        return {name}.union(*(visit(inner, (*path, name)) for inner in LIBRARY[name]))
+
+    return visit(name, ())
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_no_module_needs_itself(name: str) -> None:
+    assert name in behind(name)
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("stages/*.py"), *ROOT.glob("stages/lib/*.py")], ids=lambda p: p.stem)
+def test_only_the_library_is_imported_from(path: Path) -> None:
+    assert not [name for name in imported(path) if name.startswith("stages.") and not name.startswith("stages.lib.")]
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+def test_a_numeric_module_does_without_torch(name: str) -> None:
+    for module in behind(name):
+        packages = {full.split(".")[0] for full in imported(ROOT / f"stages/lib/{module}.py")}
+        assert not packages & {"torch", "torchvision"}
