@@ -373,7 +373,7 @@ def test_costs_tell_steps_and_stages_beside_plain_coding(seen: dict) -> None:
     ):
         assert row in rows
     assert len(rows) == 4 + 3 + 2
-    assert "on Abacus." in seen["text"] and "elic, coco, cuda: not measured" in seen["text"]
+    assert "on Abacus." in seen["text"] and "Not measured: elic, coco, cuda." in seen["text"]
 
 
 def test_a_hostile_label_stays_a_text(seen: dict) -> None:

@@ -19,6 +19,7 @@ function drawModels() {
   if (Object.keys(data.additivity).length) drawAdditivity(find(".studied", section));
 }
 
+const MANY = "fill: var(--accent)"; // half transparent, a colour of the static figures would be lost at night
 const r2 = (value) => `r² ${fixed(value, 2)}`;
 
 function doubts(flags) {
@@ -77,7 +78,7 @@ function pairsOf(parent, title, found, s) {
       ],
       stroke(colours.muted, DASHED),
     );
-    const style = `fill: ${colours.label}; opacity: 0.75`;
+    const style = `${MANY}; opacity: 0.75`;
     const at = (i) => ({ cx: plot.x(predicted[i]), cy: plot.y(measured[i]), r: 2.5, style });
     plot.root.append(...predicted.map((_, i) => svg("circle", at(i))));
     return explore(plot.root, `${title}: measured over predicted, ${predicted.length} images`, []);
@@ -121,7 +122,7 @@ function additivityOf(parent, { name, limits, side, squares, tenths, ...fit }) {
       const [x0, y0] = [plot.x(left), plot.y(below + side[1])];
       const size = { width: plot.x(left + side[0]) - x0, height: plot.y(below) - y0 };
       const opacity = 0.15 + (0.75 * Math.log(1 + count)) / most;
-      plot.root.append(svg("rect", { x: x0, y: y0, ...size, style: `fill: ${colours.label}; opacity: ${opacity}` }));
+      plot.root.append(svg("rect", { x: x0, y: y0, ...size, style: `${MANY}; opacity: ${opacity}` }));
     }
     const [low, high] = [Math.max(x.low, y.low), Math.min(x.high, y.high)];
     plot.curve(

@@ -296,9 +296,10 @@ function costsOfCodecs(cases) {
       ...[name(of), whole(of.threads), whole(of.planes)],
       ...[fixed(of.seconds.encode, 3), fixed(of.seconds.decode, 3), fixed(of.peak_mib, 0)],
     ]);
-  const others = cases.filter((of) => of.note).map((of) => html("li", {}, `${name(of)}: ${of.note}`));
+  const told = (note) => `${capital(note)}: ${cases.filter((of) => of.note === note).map(name).join("; ")}.`;
+  const notes = [...new Set(cases.flatMap((of) => of.note ?? []))].map((note) => html("p", {}, told(note)));
   const headers = ["codec, size, device", "threads", "planes", "encode, s", "decode, s", "peak memory, MiB"];
-  return html("div", {}, tableOf(headers, rows), html("ul", {}, ...others));
+  return html("div", {}, tableOf(headers, rows), ...notes);
 }
 
 function drawProvenance() {
