@@ -171,7 +171,7 @@ def train(
         optimizer, aux_optimizer = torch.optim.Adam(groups), torch.optim.Adam(quantiles, 1e-2)
         peaks = [group["lr"] for group in groups]
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.05)
-        learners = optimizer, aux_optimizer, rates
+        learners: tuple[Any, ...] = optimizer, aux_optimizer, rates
         if done > first:
             for learner, state in zip(learners, kept["learners"], strict=True):
                 learner.load_state_dict(state)
