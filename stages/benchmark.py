@@ -1,8 +1,8 @@
 """A finished run -> reports/benchmark.json: speed beside its limits and beside plain loops; memory as data grow.
 
 Codecs beside their networks and coders alone, and a loop with compressai; measuring beside a loop of whole detectors;
-the heavy stages with one, two and four times as many images. Run in a profile's folder, when the machine does nothing
-else.
+the steps of sender and receiver beside plain coding; the heavy stages with one, two and four times as many images. Run
+in a profile's folder, when the machine does nothing else.
 """
 
 import argparse
@@ -29,7 +29,9 @@ from stages.lib.files import write_json
 from stages.lib.growth import growth
 from stages.lib.learned import STRIDE, LearnedCodec
 from stages.lib.models import DEVICE
-from stages.lib.online import run
+from stages.lib.online import Cell, run
+from stages.lib.online_costs import PLAIN as PLAIN_CODING
+from stages.lib.online_costs import first_images, middle_price, receive, send
 from stages.lib.params import load_params
 from stages.lib.plain_measuring import compare, profile_case, random_case
 from stages.lib.planes import Packing, pack, plane_shape
@@ -53,6 +55,7 @@ MEASURED = {"default": (32, 3), "coco": (2, 1)}  # images whose losses are measu
 DETECTORS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")  # that are measured at COCO's size
 COCO_IMAGE, COCO_STEPS = (800, 1066), {"q1": 1.0, "q2": 0.25}  # px; qualities: steps in standard deviations
 MEASURING_GOAL, PEAK_GOAL = "at least 5", "at most 1.1"
+SENDER, RECEIVER = ("backbone", "precoding", "MFIP", "allocation", "coding", "writing"), ("decoding", "heads")
 NOT_MEASURED = {"note": "not measured"}
 
 
@@ -60,10 +63,14 @@ def main(coco: bool, size: tuple[int, int]) -> None:
     torch.set_num_threads(1)  # threads that this process started would be missing in its forks, which wait for them
     params = load_params()
     coders(params, DATA)
-    grown = growth(params, Path("dvc.yaml"))  # at first: its forks begin with what this process has in memory
-    report = benchmark(params, DATA, size if coco else None) | {"measuring": measuring(params, DATA, coco)}
-    write_json(OUT, report | {"growth": grown})
-    print(table(report | {"growth": grown}))
+    online_cells(params, DATA)
+    report: dict[str, Any] = {
+        "growth": growth(params, Path("dvc.yaml"))
+    }  # at first: its forks begin with what this process has loaded
+    report |= benchmark(params, DATA, size if coco else None)
+    report |= {"measuring": measuring(params, DATA, coco), "online": online(params, DATA)}
+    write_json(OUT, report)
+    print(table(report))
 
 
 def coders(params: dict[str, Any], data: Path) -> dict[tuple[str, str], tuple[Path, Path]]:
@@ -112,6 +119,31 @@ def measuring(params: dict[str, Any], data: Path, coco: bool) -> list[dict[str, 
         {"detector": name, "size": size, "device": DEVICE.type} | (apart(call) if call else NOT_MEASURED)
         for (name, size), call in progress(runs.items(), "measuring", len(runs))
     ]
+
+
+def online_cells(params: dict[str, Any], data: Path) -> dict[str, Path]:
+    """The first cell with each learned codec -> its allocations. Raises InputError where they are missing."""
+    names = {cell["codec"]: name for name, cell in reversed(params["cells"].items()) if cell["codec"] in FULL_SIZE}
+    found = {}
+    for name in sorted(names.values(), key=list(params["cells"]).index):
+        task, model, codec = (params["cells"][name][key] for key in ("task", "model", "codec"))
+        found[name] = data / "allocations" / model / codec / f"{task}.csv"
+        if not found[name].exists():
+            raise InputError(f"{found[name]} is missing; run `dvc repro allocate@{name}`")
+    return found
+
+
+def online(params: dict[str, Any], data: Path) -> list[dict[str, Any]]:
+    """Sender and receiver of a cell for each learned codec, each in a process of its own: see `send` and `receive`."""
+    images, cells = first_images(data / "dataset/splits.json"), online_cells(params, data)
+    found = []
+    for name, allocations in progress(cells.items(), "one image", len(cells)):
+        cell = Cell(name, params=params, **params["cells"][name])
+        sender = apart(partial(send, cell, images, middle_price(allocations)))
+        receiver = sender if "note" in sender else apart(partial(receive, cell, sender.pop("files")))
+        both = receiver if "note" in receiver else {"sender": sender, "receiver": receiver}
+        found.append({"cell": name, "device": DEVICE.type, "images": len(images)} | both)
+    return found
 
 
 def of_profile(params: dict[str, Any], data: Path, model: str, codec: str) -> dict[str, Any]:
@@ -205,7 +237,7 @@ def _as_if_trained(codec: LearnedCodec, plane: Tensor) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown: a table each for codecs, measuring and growth, a line for each question."""
+    """The report as Markdown: a table each for codecs, measuring, one image and growth, a line for each question."""
     head = ["codec", "size", "device", "", "measured", "ratio", "goal"]
     rows = [row for case in report["cases"] for row in _rows(case)]
     for weighed in report["memory"]:
@@ -215,11 +247,14 @@ def table(report: dict[str, Any]) -> str:
     of_measuring = ["detector", "size", "device", "images", "measure", "plain loop", "ratio", "goal", "equal results"]
     grown, (few, *_, many) = report["growth"], report["growth"]["times"]
     ratio = f"{many} x to {few} x images"
-    of_growth = ["stage", "items", "seconds", ratio, "goal", "peak, MiB", ratio, "goal"]
+    of_growth = ["stage", "items", "seconds", "CPU seconds", ratio, "goal", "peak, MiB", ratio, "goal"]
+    of_online = ["cell", "device", "qualities", *SENDER, "sender", f"to {PLAIN_CODING}", *RECEIVER, "receiver"]
+    of_online.append("peak, MiB: sender, receiver")
     facts = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     tables = (
         ("Codecs", head, rows),
         ("Losses of one coded scale", of_measuring, [_measuring_row(case) for case in report["measuring"]]),
+        ("One image, seconds", of_online, [row for case in report["online"] for row in _online_rows(case)]),
         ("Growth", of_growth, [_growth_row(stage, many / few) for stage in grown["stages"]]),
     )
     grid = partial(tabulate, tablefmt="github", disable_numparse=True)
@@ -243,12 +278,34 @@ def _measuring_row(case: dict[str, Any]) -> list[str]:
     ]
 
 
+def _online_rows(case: dict[str, Any]) -> list[list[str]]:
+    if "note" in case:
+        return [[case["cell"], case["device"], "all", case["note"]]]
+    sender, receiver = case["sender"]["seconds"], case["receiver"]["seconds"]
+    totals = {way: sum(steps.values()) for way, steps in sender.items()}
+    peaks = f"{case['sender']['peak_mib']:.0f}, {case['receiver']['peak_mib']:.0f}"
+    return [
+        [
+            case["cell"],
+            case["device"],
+            way,
+            *(f"{steps[step]:.3f}" if step in steps else "" for step in SENDER),
+            f"{totals[way]:.3f}",
+            f"{totals[way] / totals[PLAIN_CODING]:.2f}",
+            *(f"{receiver[way][step]:.3f}" for step in RECEIVER),
+            f"{sum(receiver[way].values()):.3f}",
+            peaks,
+        ]
+        for way, steps in sender.items()
+    ]
+
+
 def _growth_row(stage: dict[str, Any], times: float) -> list[str]:
     items, peaks = (", ".join(f"{value:.0f}" for value in stage[name]) for name in ("items", "peak_mib"))
-    seconds, ratio = ", ".join(f"{value:.1f}" for value in stage["seconds"]), stage["ratio"]
+    seconds, of_cpu = (", ".join(f"{value:.1f}" for value in stage[name]) for name in ("seconds", "cpu_seconds"))
     goals = f"at most {times:.0f}", PEAK_GOAL
-    ratios = f"{ratio['seconds']:.2f}", f"{ratio['peak_mib']:.2f}"
-    return [stage["stage"], items, seconds, ratios[0], goals[0], peaks, ratios[1], goals[1]]
+    ratios = [f"{stage['ratio'][name]:.2f}" for name in ("cpu_seconds", "peak_mib")]
+    return [stage["stage"], items, seconds, of_cpu, ratios[0], goals[0], peaks, ratios[1], goals[1]]
 
 
 def _rows(case: dict[str, Any]) -> list[list[str]]:

@@ -91,7 +91,8 @@ def main(data: Path, reports: Path) -> None:
     write_csv(reports / "paired.csv", paired_bd)
     write_csv(reports / "codec_bd_rate.csv", codec_bd)
     write_csv(reports / "codec_feature_bd_rate.csv", comparing.feature_bd_rates(curves))
-    write_json(reports / "metrics.json", comparing.metrics(points, bd))
+    for (task, codec), numbers in comparing.metrics(points, bd).items():
+        write_json(reports / "metrics" / f"{task}_{codec}.json", numbers)
     taken_apart = [
         ablation_tables.ablation(study["points"], study["bootstrap"], study["rows"]) for study in ablated.values()
     ]

@@ -3,6 +3,7 @@
 `torchrun --nproc-per-node N -m stages.train_codec ...` trains with N processes, each on crops of its own.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from stages.lib.coding import FeatureCodec, build_codec, load_codec_weights, loa
 from stages.lib.command import entry
 from stages.lib.features import Features
 from stages.lib.files import write_csv
-from stages.lib.models import read_checkpoint
+from stages.lib.models import UNBUILT, naming, read_checkpoint
 from stages.lib.params import load_params
 from stages.lib.planes import Packing
-from stages.lib.ranks import join, place
+from stages.lib.ranks import join, place, shared
 from stages.lib.schema import InputError
+from stages.lib.shards import unfinished
 
 CONFIG = ("packing", "network", "lambda_range", "gains")  # what the weights depend on
 
@@ -37,11 +39,13 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
     codec: Any = build_codec(config)  # its type follows from config
     if wanted.get("init"):
         start = read_checkpoint(Path(wanted["init"]), "config", "packing", "channels")
+        with naming(Path(wanted["init"]), UNBUILT):
+            known, packing = dict(start["config"]), Packing(**start["packing"])
         for key, value in config.items():
-            if start["config"].get(key) != value:
+            if known.get(key) != value:
                 raise InputError(
                     f"params.yaml: codecs.{name}: {key} is {value!r}, the weights {wanted['init']} were "
-                    f"trained with {start['config'].get(key)!r}: use that, or init: null"
+                    f"trained with {known.get(key)!r}: use that, or init: null"
                 )
         if start["channels"] != channels:
             raise InputError(
@@ -49,20 +53,24 @@ def main(features: Path, model: str, name: str, out: Path, reports: Path) -> Non
                 "use init: null"
             )
         load_codec_weights(codec, start["state"], wanted["init"])
-        packing = Packing(**start["packing"])
     else:
         packing = codec_training.fit_packing(data, config["packing"])
         if family:
             load_published(codec, [member["weights"] for member in family])
         elif config["packing"] != "tile" and "network" in config:
             codec.net.transform_start(codec_training.block_basis(data, packing))
-    log = []
-    if "steps" in wanted:
-        schedule = codec_training.Schedule(*(wanted[key] for key in codec_training.Schedule._fields))
-        log = codec_training.train(codec, data, packing, schedule, params["seed"])
-    if place()[0] == 0:
-        save_codec(out, FeatureCodec(codec, packing, channels), config)
-        write_csv(reports / "loss.csv", pd.DataFrame(log, columns=["step", "loss", "bpp_plane", "mse"]))
+    rank, processes = place()
+    init = Path(wanted["init"]) if wanted.get("init") else None
+    made_from = features, wanted, init, params["seed"], processes
+    with unfinished(out, *made_from) if rank == 0 else nullcontext() as folder:
+        log = []
+        if "steps" in wanted:
+            schedule = codec_training.Schedule(*(wanted[key] for key in codec_training.Schedule._fields))
+            checkpoint = shared(folder) / "training.pt"
+            log = codec_training.train(codec, data, packing, schedule, params["seed"], checkpoint)
+        if rank == 0:
+            save_codec(out, FeatureCodec(codec, packing, channels), config)
+            write_csv(reports / "loss.csv", pd.DataFrame(log, columns=["step", "loss", "bpp_plane", "mse"]))
 
 
 if __name__ == "__main__":

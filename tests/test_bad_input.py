@@ -42,6 +42,7 @@ PERSONS_JSON = "coco/annotations/person_keypoints_train2017.json"
 FIRST = "coco/train2017/0001.png"  # 17 x 23 px
 FIRST_JPG = FIRST.replace("png", "jpg")
 SPLITS, MODEL, WEIGHTS = "data/dataset/splits.json", "data/models/small.pt", "weights/small.pt"
+PREDICTION = "data/predictions/small.pt"
 CODED, LOSSES, UNCODED = "data/coded/small/elic", "data/losses/small/elic", "data/losses/small/uncoded.csv"
 FITTED = "data/loss_rate/small/elic/detection.json"
 PREDICTED = "data/mfip/small/elic/detection.csv"
@@ -56,7 +57,7 @@ PREPARE = "prepare data/new"
 TRAIN = f"train_model {SPLITS} small data/new.pt"
 EXTRACT = f"extract {SPLITS} {MODEL} small data/new"
 COMPRESS = f"compress {FEATURES} {CODEC} q1 data/new data/new.csv"
-MEASURE = f"measure {SPLITS} {MODEL} {FEATURES} data/predictions/small.pt {UNCODED} {CODEC} {REAL} small data/new"
+MEASURE = f"measure {SPLITS} {MODEL} {FEATURES} {PREDICTION} {UNCODED} {CODEC} {REAL} small data/new"
 FIT = f"fit_loss_rate {CODED} {LOSSES} {UNCODED} detection data/new.json"
 ALLOCATE = f"allocate {CODED} {LOSSES} {UNCODED} {FITTED} {PREDICTED} detection data/new.csv"
 REPORT = "report data reports"
@@ -91,7 +92,7 @@ def write_networks() -> None:
     config = params["codecs"]["elic"] | {"codec": "elic"}
     packing = Packing("pca", *({scale: of for scale in SCALES} for of in (torch.eye(channels), torch.zeros(channels))))
     save_codec(Path("data/codecs/small/elic.pt"), FeatureCodec(build_codec(config), packing, channels), config)
-    prediction.save(Path("data/predictions/small.pt"), prediction.Predictor(channels))
+    prediction.save(Path(PREDICTION), prediction.Predictor(channels))
     mfip.save(Path("data/mfip/small/elic/detection.pt"), mfip.MFIP(channels, 4))
 
 
@@ -705,6 +706,12 @@ BAD = [
     *((TRAIN, *row) for row in IN_WEIGHTS + IN_SPLITS),
     *((COMPRESS, *row) for row in IN_FEATURES + IN_ENVIRONMENT),
     *((MEASURE, *row) for row in IN_CODED),
+    (MEASURE, without(UNCODED, "utility"), "uncoded.csv has no column 'utility'; run the stage"),
+    (MEASURE, without(f"{REAL}/q2.csv", "mse_feature"), "q2.csv has no column 'mse_feature'"),
+    (COMPRESS, saved(lambda c: c | {"config": {"codec": "vvc"}}, CODEC), "elic.pt: describes no network of this"),
+    (COMPRESS, saved(lambda c: c | {"packing": {"tiles": 3}}, CODEC), "elic.pt: describes no network of this"),
+    (EXTRACT, saved(lambda c: c | {"num_classes": "many"}, MODEL), "small.pt: describes no network of this"),
+    (MEASURE, saved(lambda c: c | {"channels": -1}, PREDICTION), f"{PREDICTION}: describes no network"),
     *(
         (EXTRACT, *row)
         for row in ((gone(FIRST), "0001.png: cannot be decoded"), (cut(FIRST), "0001.png: cannot be dec"))
@@ -721,7 +728,7 @@ BAD = [
     (ENCODE, text("image.png", png(30000, 20000)), "image.png: cannot be decoded ... decompression bomb"),
     (ENCODE, lacks(FITTED, "rate"), f"{FITTED}: rate is missing"),
     (ENCODE, saved(lambda c: c, MODEL, "data/mfip/small/elic/detection.pt"), "detection.pt: has no 'feature_channels'"),
-    (ENCODE, text("data/predictions/small.pt", "weights"), "data/predictions/small.pt: is no weights file"),
+    (ENCODE, text(PREDICTION, "weights"), f"{PREDICTION}: is no weights file"),
     (FIT, also(folder("data/new.json")), "data/new.json: is a folder, but a file is to be written"),
     (PREPARE, text("data/new", "mine"), "data/new: is a file, but a folder is to be written"),
     *((command, nothing, says) for command, says in OPTIONS),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -59,11 +60,28 @@ MEASURED = {
 GROWN_STAGE = {
     "stage": "measure@tiny-hevc",
     "items": [32, 64, 128],
-    "seconds": [3.0, 5.0, 9.0],
+    "seconds": [3.5, 6.0, 11.0],
+    "cpu_seconds": [3.0, 5.0, 9.0],
     "peak_mib": [600.0, 605.0, 612.0],
-    "ratio": {"seconds": 3.0, "peak_mib": 1.02},
+    "ratio": {"cpu_seconds": 3.0, "peak_mib": 1.02},
 }
 GROWN = {"times": [1, 2, 4], "before_mib": 412.3, "stages": [GROWN_STAGE]}
+ONLINE = {
+    "cell": "detection-tiny",
+    "device": "cpu",
+    "images": 3,
+    "sender": {
+        "seconds": {
+            "uniform": {"backbone": 0.1, "coding": 0.7, "writing": 0.2},
+            "adaptive": dict(zip(stage.SENDER, (0.1, 0.6, 0.3, 0.25, 0.15, 0.2), strict=True)),
+        },
+        "peak_mib": 711.4,
+    },
+    "receiver": {
+        "seconds": dict.fromkeys(("uniform", "adaptive"), {"decoding": 0.5, "heads": 0.25}),
+        "peak_mib": 645.2,
+    },
+}
 PARTS = ("encode", "decode", "network", "coder", "plain_compress", "plain_decompress")
 
 
@@ -103,7 +121,8 @@ def report(data) -> dict:
         patch.setattr(stage, "REPETITIONS", {"default": 2, "coco": 1})
         patch.setattr(stage, "THREADS", {"default": 1, "coco": 1})
         patch.setattr(stage, "SIDES", (64, 128))
-        return benchmark(PARAMS, data, (200, 180)) | {"measuring": [MEASURED, NOT_MEASURED], "growth": GROWN}
+        others = {"measuring": [MEASURED, NOT_MEASURED], "online": [ONLINE], "growth": GROWN}
+        return benchmark(PARAMS, data, (200, 180)) | others
 
 
 @pytest.fixture
@@ -173,7 +192,11 @@ def test_the_table_has_a_line_for_every_question(report):
     (measured,) = (line for line in lines if line.startswith("| tiny "))
     assert all(text in measured for text in ("60 variants", "10.0 s", "31 evaluations", "77.7 s", "7.77", "99.90%"))
     (grown,) = (line for line in lines if "measure@tiny-hevc" in line)
-    assert all(text in grown for text in ("32, 64, 128", "3.0, 5.0, 9.0", "3.00", "at most 4", "600, 605, 612", "1.02"))
+    taken = ("32, 64, 128", "3.5, 6.0, 11.0", "3.0, 5.0, 9.0", "3.00", "600, 605, 612", "1.02")
+    assert all(f"| {text} " in grown for text in (*taken, "at most 4"))
+    plain, adaptive = (line for line in lines if "detection-tiny" in line)
+    assert re.search(r"uniform +\| 0.100 +\| +\| +\| +\| 0.700 +\| 0.200 +\| 1.000 +\| 1.00 ", plain)
+    assert re.search(r"\| 1.600 +\| 1.60 +\| 0.500 +\| 0.250 +\| 0.750 +\| 711, 645 ", adaptive)
     assert any("412 MiB" in line for line in lines)
     assert sum("peak memory" in line for line in lines) == 2
     one = {**report, "cases": [{**report["cases"][0], "note": "does not fit in memory"}]}
@@ -265,6 +288,26 @@ def test_losses_are_measured_with_the_first_codec_of_the_profile_and_at_cocos_si
     cases = measuring(PARAMS, data, coco=True)
     assert [case["called"] for case in cases] == [("tiny", "elic"), *stage.DETECTORS]
     assert [case.get("note") for case in measuring(PARAMS, data, coco=False)] == [None] + ["not measured"] * 2
+
+
+def test_one_image_is_sent_and_received_by_the_first_cell_of_each_learned_codec(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"detection.csv is missing; run `dvc repro allocate@elic`"):
+        stage.online_cells(PARAMS, tmp_path)
+    for codec in TINY:
+        path = tmp_path / f"allocations/tiny/{codec}/detection.csv"
+        path.parent.mkdir(parents=True)
+        path.touch()
+    cells = PARAMS["cells"] | {"second": {"task": "segmentation", "model": "tiny", "codec": "elic"}}
+    monkeypatch.setattr(stage, "first_images", lambda splits: ["1.png"])
+    monkeypatch.setattr(stage, "middle_price", lambda path: 0.5)
+    monkeypatch.setattr(stage, "send", lambda *words: {"sent": words[1:], "files": {"uniform": [b"1"]}})
+    monkeypatch.setattr(stage, "receive", lambda cell, files: {"received": files})
+    found = stage.online(PARAMS | {"cells": cells}, tmp_path)
+    assert [case["cell"] for case in found] == list(TINY)
+    assert all(case["sender"] == {"sent": (["1.png"], 0.5)} for case in found)
+    assert all(case["receiver"] == {"received": {"uniform": [b"1"]}} for case in found)
+    monkeypatch.setattr(stage, "apart", lambda call: {"note": "does not fit in memory"})
+    assert all(case["note"] and "sender" not in case for case in stage.online(PARAMS, tmp_path))
 
 
 def test_the_command_says_in_one_line_what_is_missing(tmp_path, monkeypatch, capsys):

@@ -182,6 +182,53 @@ def test_it_does_not_matter_who_makes_the_crops(train_split, monkeypatch):
     assert all(torch.equal(alone[name], fed[name]) for name in alone)
 
 
+@pytest.mark.parametrize("killed_in_step", [1, 2, 4])  # the second is the last of the entropy model alone
+def test_a_killed_training_goes_on_and_ends_with_the_same_weights(train_split, tmp_path, monkeypatch, killed_in_step):
+    schedule, checkpoint = Schedule(2, 4, batch=1, crop=64, lr=1e-3), tmp_path / "training.pt"
+    monkeypatch.setattr(codec_training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    undisturbed, codec, draw = tiny(), tiny(), random_crops
+    log = codec_training.train(undisturbed, train_split, PLAIN, schedule, 5)
+    drawn = []
+
+    def crops_until_killed(*args):
+        drawn.append(args)
+        if len(drawn) == killed_in_step + 1:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(codec_training, "random_crops", crops_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        codec_training.train(codec, train_split, PLAIN, schedule, 5, checkpoint)
+    fresh = tiny()
+    assert codec_training.train(fresh, train_split, PLAIN, schedule, 5, checkpoint) == log
+    assert len(drawn) == 1 + 6  # no step was taken twice
+    weights = fresh.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in undisturbed.state_dict().items())
+
+
+def test_a_killed_stage_finds_its_training_again(run, codec_file, tmp_path, monkeypatch):
+    schedule = {"steps": 3, "entropy_steps": 2}
+    wanted = torch.load(run(codec_file, **schedule), weights_only=True)["state"]
+    monkeypatch.setattr(codec_training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    draw, drawn = random_crops, []
+
+    def crops_until_killed(*args):
+        drawn.append(args)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    (tmp_path / "codec.pt").unlink()
+    monkeypatch.setattr(codec_training, "random_crops", crops_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(codec_file, **schedule)
+    assert not (tmp_path / "codec.pt").exists()
+    found = torch.load(run(codec_file, **schedule), weights_only=True)["state"]
+    assert len(drawn) == 1 + 5
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codec.pt", "reports"]
+
+
 def test_no_step_and_no_process_repeats_the_crops_of_another(train_split):
     schedule = Schedule(1, 1, batch=2, crop=64, lr=1e-3)
     drawn = [codec_training.Crops(train_split, PLAIN, schedule, (0, rank))[step] for rank in (0, 1) for step in (0, 1)]
@@ -336,7 +383,7 @@ def test_two_processes_train_one_codec(path, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     first, second, alone = (torch.load(folder / "trained.pt", weights_only=True) for folder in folders)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -347,6 +394,7 @@ def test_two_processes_train_one_codec(path, tmp_path):
 
 def train_in(folder: Path, features: Path, params: dict, environment: dict[str, str]) -> None:
     """The stage, in a process of its own and with its outputs in `folder`, where it also leaves what it trained."""
+    torch.set_num_threads(1)  # a fork lacks the threads that this process started
     os.environ.update(environment)
     folder.mkdir()
     train = codec_training.train

@@ -16,7 +16,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pytest import approx
 
-from stages.lib import mfip, online, prediction
+from stages.benchmark import RECEIVER, SENDER
+from stages.lib import mfip, online, online_costs, prediction
 from stages.lib.bitstream import (
     FRAME_BYTES,
     MAX_SIDE,
@@ -224,14 +225,39 @@ def test_phi_follows_from_sensitivity_and_the_bits_of_the_precoding(cell, networ
     loss, bits = 4 * 0.5**worth, 0.5 * 2.0**worth * precoded  # of the best quality
     skipped = np.array(WITHOUT) * encoded.sensitivity < loss * encoded.sensitivity + PRICE * bits
     assert encoded.phi.tolist() == np.where(skipped, SKIPPED, worth).tolist() and len(set(encoded.phi)) > 2
-    assert list(encoded.seconds) == ["backbone", "precoding", "MFIP", "allocation", "coding"]
+    assert list(encoded.seconds) == ["backbone", "precoding", "MFIP", "allocation", "coding", "writing"]
 
 
 def test_a_given_quality_needs_no_importance(cell, monkeypatch):
     monkeypatch.setattr(mfip, "load", None)
     encoded = encode(IMAGE, cell, phi=1)
     assert encoded.phi.tolist() == [1] * 5 and encoded.sensitivity is None
-    assert list(encoded.seconds) == ["backbone", "coding"]
+    assert list(encoded.seconds) == ["backbone", "coding", "writing"]
+
+
+def test_the_steps_of_sender_and_receiver_are_timed_for_every_way_to_choose(cell):
+    sent = online_costs.send(cell, [IMAGE], PRICE)
+    uniform, price, bits = sent["seconds"]
+    assert (uniform, price, bits) == ("uniform", "mfiba_skip, price given", "mfiba_skip, bits given")
+    assert list(sent["seconds"][uniform]) == ["backbone", "coding", "writing"]
+    assert [list(sent["seconds"][way]) for way in (price, bits)] == [list(SENDER)] * 2
+    ways = {uniform: {"phi": 1}, price: {"lambda_prime": PRICE}, bits: {}}  # precode: q2
+    assert sent["files"] == {way: [encode(IMAGE, cell, **choice).data] for way, choice in ways.items()}
+    received = online_costs.receive(cell, sent["files"])
+    assert {tuple(seconds) for seconds in received["seconds"].values()} == {RECEIVER}
+    seconds = [s for side in (sent, received) for steps in side["seconds"].values() for s in steps.values()]
+    assert min(seconds) > 0 and min(sent["peak_mib"], received["peak_mib"]) > 10
+
+
+def test_the_price_is_that_of_the_middle_operating_point(tmp_path):
+    rows = [
+        f"{method},{point},{price / (1 + point)},7,{scale},0"
+        for method, price in (("static", 7), ("mfiba_skip", 12))
+        for point in (0, 1, 2)
+        for scale in SCALES
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(["method,point,lambda_prime,image_id,scale,phi", *rows]))
+    assert online_costs.middle_price(tmp_path / "a.csv") == 6
 
 
 def test_nothing_is_coded_twice(cell, monkeypatch):

@@ -25,6 +25,38 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 # A chart for each task, cell, (quantity, task), (scale, model), (scale, quantity) and codec; bars of an example.
 CHARTS = 2 + 2 + 2 * 2 + 5 * 2 + 5 * 2 + 1 + 3
 STUDIED = 4 + 4  # of object sizes, of additivity
+BENCHMARK = {
+    "machine": {"processor": "Abacus", "cores": 2},
+    "cases": [
+        {"codec": "elic", "size": "default", "device": "cpu", "threads": 1, "planes": 20, "peak_mib": 500.2}
+        | {"seconds": {"encode": 0.5, "decode": 0.25, "network": 0.1}, "of_limit": 0.9},
+        {"codec": "elic", "size": "coco", "device": "cuda", "note": "not measured"},
+    ],
+    "online": [
+        {
+            "cell": "detection-elic",
+            "device": "cpu",
+            "sender": {
+                "seconds": {
+                    "uniform": {"backbone": 0.1, "coding": 0.7, "writing": 0.2},
+                    "adaptive": {"backbone": 0.1, "precoding": 0.6, "MFIP": 0.3, "allocation": 0.4, "coding": 0.2},
+                },
+                "peak_mib": 711.4,
+            },
+            "receiver": {"seconds": dict.fromkeys(("uniform", "adaptive"), {"decoding": 0.5, "heads": 0.25})}
+            | {"peak_mib": 645.2},
+        },
+        {"cell": "detection-tcm", "device": "cpu", "note": "does not fit in memory"},
+    ],
+    "growth": {
+        "times": [1, 2, 4],
+        "before_mib": 412.3,
+        "stages": [
+            {"stage": "measure@small-hevc", "items": [32, 64, 128], "peak_mib": [600, 610, 630]}
+            | {"seconds": [4, 7, 14.5], "cpu_seconds": [3, 5, 10.2]}
+        ],
+    },
+}
 
 
 def additivity_table() -> pd.DataFrame:
@@ -53,6 +85,7 @@ def size_rows() -> list[dict[str, Any]]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder of a profile that was reported, and the content of its page."""
     folder = write_profile(tmp_path_factory.mktemp("page") / "profile")
+    (folder / "reports/benchmark.json").write_text(json.dumps(BENCHMARK))
     contents = []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -178,6 +211,18 @@ def test_the_reports_inputs_are_its_dependencies() -> None:
     assert "- reports/codecs\n" in stage
 
 
+def test_costs_are_those_of_the_benchmark_and_null_where_an_older_one_has_none(tmp_path: Path) -> None:
+    assert page.costs(tmp_path / "benchmark.json") is None
+    (tmp_path / "benchmark.json").write_text(json.dumps(BENCHMARK))
+    found = page.costs(tmp_path / "benchmark.json")
+    assert found["machine"] == "Abacus" and found["codecs"][1] == BENCHMARK["cases"][1]
+    assert found["codecs"][0]["seconds"]["encode"] == 0.5 and "of_limit" not in found["codecs"][0]
+    assert [found[name] for name in ("online", "growth")] == [BENCHMARK[name] for name in ("online", "growth")]
+    older = {name: BENCHMARK[name] for name in ("machine", "cases")}
+    (tmp_path / "benchmark.json").write_text(json.dumps(older))
+    assert page.costs(tmp_path / "benchmark.json") == found | {"online": None, "growth": None}
+
+
 @pytest.mark.parametrize("folder", [ROOT / "reports", ROOT / "profiles/study/reports"], ids=["default", "study"])
 def test_a_committed_page_is_below_5_mb(folder: Path) -> None:
     if not (folder / "index.html").is_file():
@@ -245,6 +290,7 @@ found.pressed = all("#examples .picker button").map((button) => button.getAttrib
 for (const section of ["#examples", "#models"]) change(all(`${section} select`)[0], "selectedIndex", 1);
 found.again = drawn().length;
 found.text = document.body.innerText;
+found.costs = all("#costs tr").map((row) => [...row.children].map((cell) => cell.textContent).join("|"));
 found.images = all("img").map((image) => image.getAttribute("src").slice(0, 15));
 parent.postMessage(JSON.stringify({...found, errors}), "*");
 }
@@ -314,6 +360,20 @@ def test_an_example_is_shown_at_each_quality(seen: dict, content: dict[str, Any]
     frame = content["frame_bits"]
     assert seen["pictures"] == 4 and seen["pressed"] == ["false", "true"]
     assert seen["bits"] == [f"{frame + 550:,} bits, loss 0.90 objects", f"{frame + 10_550:,} bits, loss 0.15 objects"]
+
+
+def test_costs_tell_steps_and_stages_beside_plain_coding(seen: dict) -> None:
+    rows = seen["costs"]
+    for row in (
+        "detection-elic, cpu: uniform|0.100||||0.700|0.200|1.000|1.00|0.500|0.250|0.750|711|645",
+        "detection-elic, cpu: adaptive|0.100|0.600|0.300|0.400|0.200||1.600|1.60|0.500|0.250|0.750|711|645",
+        "detection-tcm, cpu: does not fit in memory",
+        "measure@small-hevc|128|14.5|10.2|0.075|630|1.05",
+        "elic, default, cpu|1|20|0.500|0.250|500",
+    ):
+        assert row in rows
+    assert len(rows) == 4 + 3 + 2
+    assert "on Abacus." in seen["text"] and "Not measured: elic, coco, cuda." in seen["text"]
 
 
 def test_a_hostile_label_stays_a_text(seen: dict) -> None:

@@ -85,10 +85,10 @@ def test_a_stage_without_more_items_takes_what_it_took():
 def runs(images: int) -> list[Run]:
     """One stage whose work is shared, twice, and one whose is not; 10 s and 2 s an image, 1 and 3 MB an image."""
     shared = [
-        Run("measure", f"measure@small-{codec}", 100 + 10 * 2 * images, 512.0, 2 * images * 1_000_000)
+        Run("measure", f"measure@small-{codec}", 100 + 10 * 2 * images, 90.0, 512.0, 2 * images * 1_000_000)
         for codec in ("elic", "hevc")
     ]
-    return [*shared, Run("fit_loss_rate", "fit_loss_rate@detection-elic", 50 + 2 * images, 1024.0 + images, 7)]
+    return [*shared, Run("fit_loss_rate", "fit_loss_rate@detection-elic", 50 + 2 * images, 40.0, 1024.0 + images, 7)]
 
 
 def test_hours_are_start_fixed_part_and_items_by_workers():
@@ -151,7 +151,7 @@ def dvc_yaml(tmp_path, monkeypatch) -> Path:
 def test_a_sample_runs_what_is_wanted_after_what_it_needs_and_leaves_nothing(dvc_yaml):
     found = run_sample(SAMPLE, dvc_yaml, ["extract"])
     assert [run.address for run in found] == ["prepare", "extract"]
-    assert all(run.seconds > 0 and run.peak_mib > 1 for run in found)
+    assert all(run.seconds > 0 and run.cpu_seconds > 0 and run.peak_mib > 1 for run in found)
     a, b = (run.written for run in found)
     assert b > a > 100  # a zip in a zip
     assert [run.address for run in run_sample(SAMPLE, dvc_yaml)][0] == "prepare"

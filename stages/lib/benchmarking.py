@@ -49,7 +49,7 @@ def measure(feature_codec: FeatureCodec, pyramid: dict[str, Tensor], lmbda: floa
     def encode() -> list[bytes]:
         return [r.data for scale, maps in pyramid.items() for r in encode_scale(maps, scale, level, feature_codec)]
 
-    records, peak_mib = encode(), _peak_mib()
+    records, peak_mib = encode(), peak_of_process()
     stacks = [torch.stack([pack(f, s, feature_codec.packing)[0] for f in maps]) for s, maps in pyramid.items()]
     one, its_level = (codec.members[level], 0) if isinstance(codec, Family) else (codec, level)
     calls, coded = record(one, lambda: [codec.encode(stack.to(DEVICE), level) for stack in stacks])
@@ -137,8 +137,8 @@ def peak_memory(weights: Path, lmbda: float, side: int) -> dict[str, Any]:
     """MiB of a process that codes one square plane, and of the same process before."""
     codec, packing, _ = load_codec(weights)
     noise = torch.randn(1, packing.plane_channels, side, side, generator=torch.Generator().manual_seed(0))
-    planes, level, before_mib = (0.5 + 0.1 * noise).to(DEVICE), codec.level(lmbda), _peak_mib()
-    (coded,), peak_mib = codec.encode(planes, level), _peak_mib()
+    planes, level, before_mib = (0.5 + 0.1 * noise).to(DEVICE), codec.level(lmbda), peak_of_process()
+    (coded,), peak_mib = codec.encode(planes, level), peak_of_process()
     c, height, width = coded.plane.shape
     _same("plane", torch.equal, [coded.plane], list(codec.decode([coded.string], level, (c, height, width))))
     return {"device": DEVICE.type, "before_mib": before_mib, "peak_mib": peak_mib}
@@ -307,7 +307,8 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _peak_mib() -> float:
+def peak_of_process() -> float:
+    """MiB; of the GPU where there is one."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from stages.lib.features import Features
+from stages.lib.files import atomic
 from stages.lib.learned import STRIDE, LearnedCodec
-from stages.lib.models import DEVICE
+from stages.lib.models import DEVICE, load_weights, read_checkpoint
 from stages.lib.params import SCALES
 from stages.lib.planes import Packing, learn_packing, pack, principal
 from stages.lib.progress import progress
@@ -25,6 +28,7 @@ from stages.lib.ranks import average, place
 FEEDERS = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if DEVICE.type == "cuda" else 0
 SAMPLES = 3  # crops in a step, in units of the batch of scale 0
 TRANSFORM_RATE = 0.1  # of the learning rate: it starts near its optimum, the entropy model at noise
+SECONDS_BETWEEN_CHECKPOINTS = 300  # what a killed training loses at most
 
 
 def fit_packing(features: Features, kind: str) -> Packing:
@@ -103,7 +107,14 @@ class Schedule(NamedTuple):
     lr: float
 
 
-def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: Schedule, seed: int) -> list[dict]:
+def train(
+    codec: LearnedCodec,
+    features: Features,
+    packing: Packing,
+    schedule: Schedule,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> list[dict]:
     """Minimise  bits + lambda * 255^2 * squared error  in place, lambda log-uniform in the codec's range per sample.
 
     A crop counts by the side, not the area, of its real pixels, or a step would be about scale 0 alone. First the
@@ -111,13 +122,14 @@ def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: S
     the error of a plane is that of its latents. Then everything learns, the transform at a tenth of the rate. Returns
     loss, bits and squared error per plane pixel, averaged over every 100 steps.
 
+    checkpoint: a file that keeps the state of the training now and then; where it exists the training goes on from it,
+    and ends with the same weights as one that was not interrupted.
+
     Under torchrun every process takes other crops and lambdas in a step, and the gradients are averaged; the losses are
     those of its own crops.
     """
     rank, processes = place()
-    torch.manual_seed(seed + rank)
     crops = Crops(features, packing, schedule, (seed, rank))
-    feed = iter(DataLoader(crops, batch_size=None, num_workers=FEEDERS, generator=torch.Generator()))
     codec.train().to(DEVICE).to(memory_format=torch.channels_last)  # a tenth faster on a CPU
     transform = [p for part in (codec.net.g_a, codec.net.g_s) for p in part.parameters()]
     quantiles = [p for name, p in codec.named_parameters() if name.endswith(".quantiles")]
@@ -137,22 +149,35 @@ def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: S
     def group(learning: list[nn.Parameter], lr: float) -> dict[str, Any]:
         return {"params": learning, "lr": lr}
 
-    log = []
-    for errors_and_bits, steps, groups in (
-        (latent_error, schedule.entropy_steps, [group(others, schedule.lr)]),
+    done, log, window, kept = 0, [], [], {}
+    if checkpoint and checkpoint.exists():
+        kept = read_checkpoint(checkpoint, "learners", "done", "log", "window")
+        load_weights(codec, kept["state"], str(checkpoint))
+        done, log, window = kept["done"], kept["log"], kept["window"]
+    unseen = range(done, len(crops))
+    feed = iter(DataLoader(crops, None, sampler=unseen, num_workers=FEEDERS, generator=torch.Generator()))
+    saved = time.monotonic()
+    for errors_and_bits, first, steps, groups in (
+        (latent_error, 0, schedule.entropy_steps, [group(others, schedule.lr)]),
         (
             plane_error,
+            schedule.entropy_steps,
             schedule.steps,
             [group(others, schedule.lr), group(transform, schedule.lr * TRANSFORM_RATE)],
         ),
     ):
-        if steps == 0:
+        if done >= first + steps:
             continue
         optimizer, aux_optimizer = torch.optim.Adam(groups), torch.optim.Adam(quantiles, 1e-2)
         peaks = [group["lr"] for group in groups]
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.05)
-        window = []
-        for step in tqdm(range(1, steps + 1), desc="train codec", disable=rank > 0 or None):
+        learners: tuple[Any, ...] = optimizer, aux_optimizer, rates
+        if done > first:
+            for learner, state in zip(learners, kept["learners"], strict=True):
+                learner.load_state_dict(state)
+        left = range(done - first + 1, steps + 1)
+        for step in tqdm(left, "train codec", steps, initial=done - first, disable=rank > 0 or None):
+            torch.manual_seed(_seed(seed, rank, done))
             optimizer.zero_grad(set_to_none=True)
             total = np.zeros(4)
             for x, mask in next(feed):
@@ -173,12 +198,23 @@ def train(codec: LearnedCodec, features: Features, packing: Packing, schedule: S
             aux_optimizer.zero_grad(set_to_none=True)
             codec.net.aux_loss().backward()  # of the weights alone: the same in all processes
             aux_optimizer.step()
-            window.append(total)
+            done += 1
+            window.append(total.tolist())
             if step % 100 == 0 or step == steps:
-                loss, bits, error, pixels = np.sum(window, 0)
+                loss, bits, error, pixels = np.sum(window, 0).tolist()
                 log.append({"step": step, "loss": loss / pixels, "bpp_plane": bits / pixels, "mse": error / pixels})
                 if rank == 0:
                     print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
                 window = []
+            if checkpoint and rank == 0 and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+                state = {"learners": [learner.state_dict() for learner in learners], "log": log, "window": window}
+                with atomic(checkpoint) as scratch:
+                    torch.save(state | {"state": codec.state_dict(), "done": done}, scratch)
+                saved = time.monotonic()
     codec.eval()
     return log
+
+
+def _seed(*numbers: int) -> int:
+    """One seed of several numbers: the randomness of a step does not depend on the steps before it."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -24,7 +24,7 @@ from stages.lib.features import SHARD_IMAGES, Features
 from stages.lib.files import atomic, create_h5, open_h5, write_array
 from stages.lib.hevc import Hevc
 from stages.lib.learned import Family, LearnedCodec
-from stages.lib.models import DEVICE, load_weights, published_state, read_checkpoint
+from stages.lib.models import DEVICE, UNBUILT, load_weights, naming, published_state, read_checkpoint
 from stages.lib.params import SCALES
 from stages.lib.planes import Packing, Range, pack, plane_shape, unpack
 from stages.lib.schema import InputError
@@ -107,10 +107,11 @@ def build_codec(config: dict) -> Codec:
 def load_codec(path: Path) -> FeatureCodec:
     """A codec written by `train_codec`, ready to code, on DEVICE."""
     checkpoint = read_checkpoint(path, "config", "packing", "channels")
-    codec = build_codec(checkpoint["config"])
+    with naming(path, UNBUILT):
+        codec, packing = build_codec(checkpoint["config"]), Packing(**checkpoint["packing"])
     load_codec_weights(codec, checkpoint["state"], str(path))
     codec = codec.eval().to(DEVICE).to(memory_format=torch.channels_last).update()
-    return FeatureCodec(codec, Packing(**checkpoint["packing"]), checkpoint["channels"])
+    return FeatureCodec(codec, packing, checkpoint["channels"])
 
 
 def load_codec_weights(codec: Codec, state: dict[str, Tensor], source: str) -> None:

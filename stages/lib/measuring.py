@@ -24,6 +24,7 @@ from stages.lib.params import COARSER, SCALES
 from stages.lib.prediction import Predictor
 from stages.lib.schema import InputError
 
+UNCODED = ["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"]
 LOSSES = ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]
 Pyramid = dict[str, Tensor]  # scale -> [N, C, H_s, W_s]
 
@@ -52,7 +53,7 @@ def read_truths(splits: Path, split: str, tasks: list[str]) -> Truths:
 def uncoded_accuracies(
     detector: FasterRCNN, features: Features, predictor: Predictor, truth: Truths, image_ids: list[int]
 ) -> pd.DataFrame:
-    """Uncoded features of some images -> rows task, split, image_id, scale, clean, utility, loss_skipped.
+    """Uncoded features of some images -> rows of UNCODED.
 
     clean, utility: the image's own COCO AP and utility, of all scales; loss_skipped: the utility it loses where neither
     this scale nor its coarser one is sent, the others being clean. Images without ground truth of a task have no row.
@@ -69,7 +70,7 @@ def uncoded_accuracies(
                 if not np.isnan(value):
                     key = task, features.split, image_id
                     rows += [(*key, s, value, utility, utility - u) for s, u in zip(SCALES, left, strict=True)]
-    return pd.DataFrame(rows, columns=["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"])
+    return pd.DataFrame(rows, columns=UNCODED)
 
 
 def single_scale_losses(
@@ -160,7 +161,7 @@ def decoder(
 
 def ledger_column(ledger: Path, features: Features, column: str) -> pd.DataFrame:
     """One column of the ledger for the features' split: a row for each image, a column for each scale."""
-    lines = read_csv(ledger)
+    lines = read_csv(ledger, ["split", "image_id", "scale", column])
     lines = lines[lines["split"] == features.split]
     wanted = [(image_id, scale) for image_id in features.image_ids for scale in SCALES]
     if sorted(zip(lines["image_id"], lines["scale"], strict=True)) != sorted(wanted):

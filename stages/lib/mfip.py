@@ -21,7 +21,7 @@ from torch.nn.functional import gelu, max_pool2d
 from stages.lib.features import Features
 from stages.lib.files import atomic
 from stages.lib.loss_rate import FEW_IMAGES, FOLDS
-from stages.lib.models import DEVICE, load_weights, read_checkpoint
+from stages.lib.models import DEVICE, UNBUILT, load_weights, naming, read_checkpoint
 from stages.lib.params import SCALES
 from stages.lib.schema import InputError
 from stages.lib.shards import map_in_memory
@@ -227,7 +227,8 @@ def save(path: Path, model: MFIP) -> None:
 def load(path: Path) -> MFIP:
     """The predictor of a file written by `save`, in eval mode."""
     checkpoint = read_checkpoint(path, "feature_channels", "channels")
-    model = MFIP(checkpoint["feature_channels"], checkpoint["channels"])
+    with naming(path, UNBUILT):
+        model = MFIP(checkpoint["feature_channels"], checkpoint["channels"])
     load_weights(model, checkpoint["state"], str(path))
     return model.eval()
 

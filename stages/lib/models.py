@@ -25,6 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from stages.lib.files import atomic, picture
 from stages.lib.schema import InputError
 
+UNBUILT = "describes no network of this project"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PIXELS_PER_PASS = 48 * 128**2  # of images whose maps pass a head together: enough to fill a GPU, flat in memory
 
@@ -127,7 +128,7 @@ def read_checkpoint(path: Path, *needed: str) -> dict:
     """
     if not path.is_file():
         raise InputError(f"{path}: weights are missing; give an existing file, or null to train from the start")
-    with _naming(path, "is no weights file of this project"):
+    with naming(path, "is no weights file of this project"):
         checkpoint = _load(path)
         checkpoint["state"] = _floats(checkpoint["state"], path)
         missing = [key for key in needed if key not in checkpoint]
@@ -148,15 +149,15 @@ def published_state(path: Path) -> dict[str, Tensor]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not digest.startswith(told[1]):
             raise InputError(f"{path}: its SHA-256 begins with {digest[:8]}, not as its name says; download it again")
-    with _naming(path, "holds no state dict of tensors"):
+    with naming(path, "holds no state dict of tensors"):
         loaded = _load(path)
         state = _floats(loaded.get("state_dict", loaded), path)
         return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 @contextmanager
-def _naming(path: Path, what: str) -> Iterator[None]:
-    """torch.load raises many types for a file that is no checkpoint, and so does its content: all InputErrors."""
+def naming(path: Path, what: str) -> Iterator[None]:
+    """What a file's content raises where it is not as it should be, of many types, becomes an InputError."""
     try:
         yield
     except InputError:
@@ -187,7 +188,8 @@ def _floats(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 def load_model(path: Path, params: dict) -> FasterRCNN:
     """The detector of a file written by `train_model`, in eval mode on DEVICE."""
     checkpoint = read_checkpoint(path, "num_classes", "num_keypoints")
-    model = build(params, checkpoint["num_classes"], checkpoint["num_keypoints"])
+    with naming(path, UNBUILT):
+        model = build(params, checkpoint["num_classes"], checkpoint["num_keypoints"])
     load_weights(model, checkpoint["state"], str(path))
     return model.eval().to(DEVICE).to(memory_format=torch.channels_last)  # twice as fast in the mask head on a CPU
 

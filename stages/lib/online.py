@@ -46,7 +46,7 @@ from stages.lib.command import attempt
 from stages.lib.files import picture
 from stages.lib.heads import detect
 from stages.lib.loss_rate import read_fit
-from stages.lib.models import Sizes, load_model, pyramid_of, read_image
+from stages.lib.models import DEVICE, Sizes, load_model, pyramid_of, read_image
 from stages.lib.params import MAX_SIDE, SCALES, SKIPPED, load_params, precode_of, read_yaml
 from stages.lib.prediction import Predictor
 from stages.lib.prediction import load as load_predictor
@@ -122,6 +122,8 @@ class Stopwatch:
     def __call__(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if DEVICE.type == "cuda":  # which works on, while Python is elsewhere
+            torch.cuda.synchronize()
         self.seconds[step] = time.perf_counter() - start
 
 
@@ -225,15 +227,16 @@ def encode(
                 chosen = nearest_in_size(choose, bits, wanted, len(lambdas) - 1)
     with clock("coding"):  # what precoding and allocation have not coded yet
         coded = records(chosen)
-    data = pack(
-        Bitstream(
-            networks.model_id,
-            networks.codec_id,
-            sizes.original,
-            sizes.resized,
-            {scale: parse_record(data)[0] for scale, data in coded.items()},
+    with clock("writing"):
+        data = pack(
+            Bitstream(
+                networks.model_id,
+                networks.codec_id,
+                sizes.original,
+                sizes.resized,
+                {scale: parse_record(data)[0] for scale, data in coded.items()},
+            )
         )
-    )
     return Encoded(
         data,
         8 * len(data) / pixels,
@@ -305,16 +308,20 @@ def _read(path: Path, cell: Cell) -> Tensor:
 
 
 @one_thread()
-def decode(bitstream: Bitstream, cell: Cell, networks: Networks) -> dict[str, Tensor]:
+def decode(bitstream: Bitstream, cell: Cell, networks: Networks, clock: Stopwatch | None = None) -> dict[str, Tensor]:
     """A file that `parse` accepts -> torchvision's detections for the cell's task, in pixels of the original image.
 
-    Raises InputError, most often BitstreamError, for one that is forged, or meant for other weights.
+    clock: is told what decoding, with the prediction of skipped scales, and the heads take. Raises InputError, most
+    often BitstreamError, for a file that is forged, or meant for other weights.
     """
     check_identity(bitstream, networks.model_id, networks.codec_id)
     _check_sizes(bitstream.original, bitstream.resized, cell, networks.detector)
-    pyramid = decode_pyramid(bitstream, networks.feature_codec, networks.predictor)
+    clock = clock or Stopwatch()
+    with clock("decoding"):
+        pyramid = decode_pyramid(bitstream, networks.feature_codec, networks.predictor)
     sizes = Sizes(bitstream.original, bitstream.resized, bitstream.padded)
-    (detection,) = detect(networks.detector, pyramid, [sizes], {cell.task})
+    with clock("heads"):
+        (detection,) = detect(networks.detector, pyramid, [sizes], {cell.task})
     return detection
 
 

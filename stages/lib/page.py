@@ -31,6 +31,7 @@ from stages.lib.params import SCALES
 from stages.lib.tables import bd_cell
 
 SOURCES = Path(__file__).parent / "page"
+SCRIPTS = ("charts.js", "examples.js", "models.js", "page.js")
 DIGITS = 5  # significant ones, of every number in the page
 MOST_IMAGES = 200  # in a scatter of images; the numbers beside it are of all
 BINS = 24  # of a two-dimensional histogram, along each side
@@ -46,7 +47,7 @@ def document(content: dict[str, Any]) -> str:
     """Content -> the page. Texts of the content reach it as JSON only, and its scripts make text nodes of them."""
     texts = json.dumps(_compact(content), separators=(",", ":"), allow_nan=False)
     parts = {
-        **{f"/* {name} */": _source(name) for name in ("page.css", "charts.js", "examples.js", "page.js")},
+        **{f"/* {name} */": _source(name) for name in ("page.css", *SCRIPTS)},
         # In a script element only "<" can end the data or begin a comment.
         "{data}": texts.replace("<", "\\u003c"),
     }
@@ -196,8 +197,8 @@ def picture(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def costs(benchmark: Path) -> list[dict[str, Any]] | None:
-    """What `benchmark` measured of the codecs; None where it was not run.
+def costs(benchmark: Path) -> dict[str, Any] | None:
+    """What `benchmark` measured; None where it was not run, and null a part that an older one did not measure.
 
     No stage makes that file: a time is another number each time. So it is no dependency, which could not be absent.
     """
@@ -205,8 +206,12 @@ def costs(benchmark: Path) -> list[dict[str, Any]] | None:
         return None
     report = read_json(benchmark)
     wanted = ("codec", "size", "device", "threads", "planes", "seconds", "peak_mib", "note")
-    cases = [{name: case[name] for name in wanted if name in case} for case in report["cases"]]
-    return [case | {"machine": report["machine"]["processor"]} for case in cases]
+    return {
+        "machine": report["machine"]["processor"],
+        "codecs": [{name: case[name] for name in wanted if name in case} for case in report["cases"]],
+        "online": report.get("online"),
+        "growth": report.get("growth"),
+    }
 
 
 def provenance(params: dict[str, Any], lock: Path, inputs: list[Path]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Run(NamedTuple):
     stage: str  # as in dvc.yaml
     address: str  # with its item, as `dvc repro` takes it
     seconds: float
+    cpu_seconds: float  # of its user and system time: what others do on the machine is not in them
     peak_mib: float
     written: int  # bytes
 
@@ -178,7 +179,8 @@ def _run(stage: Any, folder: Path) -> Run:
     outs = [Path(out.fs_path) for out in stage.outs]
     files = [file for out in outs for file in (out.rglob("*") if out.is_dir() else [out]) if file.is_file()]
     written = sum(file.stat().st_size for file in files)
-    return Run(module.removeprefix("stages."), _address(stage), seconds, usage.ru_maxrss / 1024, written)
+    cpu_seconds, peak_mib = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return Run(module.removeprefix("stages."), _address(stage), seconds, cpu_seconds, peak_mib, written)
 
 
 def _become(module: str, arguments: list[str], folder: Path) -> None:

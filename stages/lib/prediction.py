@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from stages.lib.features import Features
 from stages.lib.files import atomic
-from stages.lib.models import DEVICE, load_weights, read_checkpoint
+from stages.lib.models import DEVICE, UNBUILT, load_weights, naming, read_checkpoint
 from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES
 from stages.lib.progress import progress
 
@@ -101,6 +101,7 @@ def save(path: Path, predictor: Predictor) -> None:
 def load(path: Path) -> Predictor:
     """The predictor of a file written by `save`, in eval mode on DEVICE."""
     checkpoint = read_checkpoint(path, "channels")
-    predictor = Predictor(checkpoint["channels"])
+    with naming(path, UNBUILT):
+        predictor = Predictor(checkpoint["channels"])
     load_weights(predictor, checkpoint["state"], str(path))
     return predictor.eval().to(DEVICE)

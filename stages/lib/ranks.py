@@ -1,6 +1,7 @@
 """Processes that torchrun started, each with a GPU of its own -> one training."""
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,3 +27,12 @@ def average(tensors: list[Tensor]) -> None:
     dist.all_reduce(flat)
     for tensor, mean in zip(tensors, flat.div_(dist.get_world_size()).split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
+
+
+def shared(value: Any) -> Any:
+    """What the first process has, in all of them."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]

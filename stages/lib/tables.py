@@ -236,11 +236,11 @@ def _rivals_table(fits: dict[tuple[str, str], dict]) -> Table:
 
 
 def _bits_table(fits: dict[tuple[str, str], dict]) -> Table:
-    rows = [
-        [f"{task}, {codec}", *(f"{np.mean(fit['rate'][scale]['error']):.1%}" for scale in SCALES)]
-        + [_share(fit["rate_phi"]["0"]["r2"])]
-        for (task, codec), fit in fits.items()
-    ]
+    tasks: dict[tuple[str, ...], list[str]] = {}  # those that one model serves have the same bits
+    for (task, codec), fit in fits.items():
+        errors = (f"{np.mean(fit['rate'][scale]['error']):.1%}" for scale in SCALES)
+        tasks.setdefault((codec, *errors, _share(fit["rate_phi"]["0"]["r2"])), []).append(task)
+    rows = [[f"{', '.join(of_row)}, {codec}", *cells] for (codec, *cells), of_row in tasks.items()]
     title = "Bits of a quality predicted from one precoding: mean error on held-out images of fit, for each scale"
     return Table(title, ["", *SCALES, "r2 of the linear model, scale 0"], rows, [])
 

@@ -26,8 +26,9 @@ function fill(element, attributes, children) {
 
 const find = (selector, parent = document) => parent.querySelector(selector);
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
+const unsigned = (text) => (Number(text) ? text : text.replace("-", "")); // a zero has no sign
 const minus = (text) => text.replace("-", "\u2212");
-const fixed = (value, digits) => (value === null ? "n/a" : minus(value.toFixed(digits)));
+const fixed = (value, digits) => (value === null ? "n/a" : minus(unsigned(value.toFixed(digits))));
 const whole = (value) => Math.round(value).toLocaleString("en-US");
 const signed = (value) => (value > 0 ? "+" : "") + fixed(value, 1);
 const shown = (name) => name + (methods[name]?.sees_labels ? " *" : "");

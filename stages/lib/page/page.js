@@ -186,150 +186,6 @@ function sizesOf(parent, rows) {
   }
 }
 
-// ---------------------------------------------------------------- models
-
-function drawModels() {
-  const section = find("#models");
-  const part = (name) => find(`[data-part=${name}]`, section);
-  select(find(".controls", section), "Cell", data.cells.map(cellName), (index) => {
-    const cell = data.cells[index];
-    for (const name of ["loss", "rate", "errors", "pairs"]) part(name).replaceChildren();
-    for (const [scale, models] of Object.entries(cell.scales)) {
-      lossOf(part("loss"), scale, models);
-      rateOf(part("rate"), scale, models);
-    }
-    part("errors").append(errorTable(cell));
-    for (const [quantity, found] of Object.entries(cell.importance)) {
-      scales.forEach((scale, s) => pairsOf(part("pairs"), `${capital(quantity)}, scale ${scale}`, found, s));
-    }
-  });
-  if (Object.keys(data.additivity).length) drawAdditivity(find(".studied", section));
-}
-
-const r2 = (value) => `r² ${fixed(value, 2)}`;
-
-function doubts(flags) {
-  const text = flags.join(", ").replaceAll("_", " ");
-  return text ? [" ", html("span", { class: "doubt" }, text)] : [];
-}
-
-// model: [[x, y]] of a curve; points: {x, y, lines}, what was measured.
-function fitted(parent, title, x, y, model, points, note) {
-  const draw = (width, height) => {
-    const plot = frame(width, height, x, y);
-    plot.curve(model, stroke(colours.fit));
-    const placed = points.map((p) => ({ x: plot.x(p.x), y: plot.y(p.y), series: title, lines: p.lines }));
-    plot.root.append(...placed.map((p) => dot(p.x, p.y, colours.measured)));
-    return explore(plot.root, `${y.label}, ${title}`, placed);
-  };
-  chart(parent, title, 180, draw, { note });
-}
-
-function lossOf(parent, scale, { rate, drop, power }) {
-  const law = (r) => power.weight * power.alpha * r ** power.beta;
-  const [low, high] = [Math.min(...rate), Math.max(...rate)];
-  const model = Array.from({ length: 41 }, (_, i) => low * (high / low) ** (i / 40)).map((r) => [r, law(r)]);
-  const points = rate.map((r, i) => {
-    const values = `drop ${fixed(drop[i], 4)}, law ${fixed(law(r), 4)}`;
-    return { x: r, y: drop[i], lines: [`scale ${scale}, ${qualities[i]}`, `${plain(r)} bits per plane pixel`, values] };
-  });
-  const x = { ...logRange(rate), label: "bits per plane pixel" };
-  const y = { ...range([...drop, ...model.map((pair) => pair[1]), 0]), label: "drop of the image's AP" };
-  const note = [`held-out ${r2(power.r2)}`, ...doubts(power.flags)];
-  fitted(parent, `Scale ${scale}`, x, y, model, points, note);
-}
-
-function rateOf(parent, scale, { rate, rate_phi: line }) {
-  const last = rate.length - 1;
-  const model = [0, last].map((phi) => [phi, line.a * phi + line.b]);
-  const points = rate.map((r, phi) => {
-    const values = `${plain(r)} bits per plane pixel, model ${plain(line.a * phi + line.b)}`;
-    return { x: phi, y: r, lines: [`scale ${scale}, phi ${phi}`, values] };
-  });
-  const x = { low: -0.3, high: last + 0.3, label: "phi" };
-  const y = { ...range([...rate, ...model.map((pair) => pair[1])]), label: "bits per plane pixel" };
-  const note = [`in-sample ${r2(line.r2)}`, ...doubts(line.flags)];
-  fitted(parent, `Scale ${scale}`, x, y, model, points, note);
-}
-
-function pairsOf(parent, title, found, s) {
-  const [predicted, measured] = ["predicted", "measured"].map((who) => found.pairs[who].map((values) => values[s]));
-  const axis = { low: 0, high: 1.05 * (quantile([...predicted, ...measured], 0.98) || 1) };
-  const draw = (width, height) => {
-    const plot = frame(width, height, { ...axis, label: "predicted" }, { ...axis, label: "measured" });
-    plot.curve(
-      [
-        [axis.low, axis.low],
-        [axis.high, axis.high],
-      ],
-      stroke(colours.muted, DASHED),
-    );
-    const style = `fill: ${colours.label}; opacity: 0.6`;
-    const at = (i) => ({ cx: plot.x(predicted[i]), cy: plot.y(measured[i]), r: 2.5, style });
-    plot.root.append(...predicted.map((_, i) => svg("circle", at(i))));
-    return explore(plot.root, `${title}: measured over predicted, ${predicted.length} images`, []);
-  };
-  chart(parent, title, 180, draw, { note: r2(found.r2[s]) });
-}
-
-function errorTable(cell) {
-  const models = Object.keys(cell.scales[scales[0]].rivals);
-  const titles = models.map((name) => `loss, ${name.replaceAll("_", " ")}: r²`);
-  const rows = Object.entries(cell.scales).map(([scale, { power, rivals, bits_error: error }]) => [
-    scale,
-    fixed(power.r2, 2),
-    fixed(power.rmse, 3),
-    ...models.map((name) => fixed(rivals[name], 2)),
-    percent(sum(error) / error.length),
-  ]);
-  return table(["scale", "drop: r²", "drop: rmse", ...titles, "bits from one precoding: error"], rows);
-}
-
-function drawAdditivity(parent) {
-  const grid = html("div", { class: "grid small" });
-  const controls = html("div", { class: "controls" });
-  const text =
-    "Every allocation here minimises a sum over the scales. Random choices of qualities: their joint loss over the " +
-    "sum of the losses of the single scales, in objects. The stronger the colour, the more choices; points are the " +
-    "means of each tenth; on the dashed line the losses add up.";
-  parent.append(html("h3", {}, "Do the losses of the scales add up?"), html("p", {}, text), controls, grid);
-  select(controls, "Study", Object.keys(data.additivity), (index) => {
-    grid.replaceChildren();
-    for (const part of Object.values(data.additivity)[index]) additivityOf(grid, part);
-  });
-}
-
-function additivityOf(parent, { name, limits, side, squares, tenths, ...fit }) {
-  const [x, y] = limits.map(([low, high]) => ({ low, high }));
-  const most = Math.log(1 + Math.max(...squares.map((square) => square[2])));
-  const draw = (width, height) => {
-    const plot = frame(width, height, { ...x, label: "sum, objects" }, { ...y, label: "joint, objects" });
-    for (const [left, below, count] of squares) {
-      const [x0, y0] = [plot.x(left), plot.y(below + side[1])];
-      const size = { width: plot.x(left + side[0]) - x0, height: plot.y(below) - y0 };
-      const opacity = 0.15 + (0.75 * Math.log(1 + count)) / most;
-      plot.root.append(svg("rect", { x: x0, y: y0, ...size, style: `fill: ${colours.label}; opacity: ${opacity}` }));
-    }
-    const [low, high] = [Math.max(x.low, y.low), Math.min(x.high, y.high)];
-    plot.curve(
-      [
-        [low, low],
-        [high, high],
-      ],
-      stroke(colours.muted, DASHED),
-    );
-    plot.curve(tenths, stroke(colours.fit));
-    const points = tenths.map(([total, joint], i) => {
-      const lines = [`tenth ${i + 1}`, `sum ${fixed(total, 2)}, joint ${fixed(joint, 2)} objects`];
-      return { x: plot.x(total), y: plot.y(joint), series: name, lines };
-    });
-    plot.root.append(...points.map((p) => dot(p.x, p.y, colours.fit)));
-    return explore(plot.root, `Additivity, ${name}`, points);
-  };
-  const note = `${whole(fit.tuples)} choices, slope ${fixed(fit.slope, 2)}, in an image ${r2(fit.r2_within)}`;
-  chart(parent, capital(name), 220, draw, { note });
-}
-
 // ---------------------------------------------------------------- where the bits go
 
 const PARTS = ["latent", "hyper-latent", "header", "range"];
@@ -380,14 +236,70 @@ function ledgerOf(parent, name, ledger) {
 
 function drawCosts() {
   const place = find("#costs .measured");
-  if (data.costs === null) return place.append(html("p", {}, "Speed and memory of the codecs: not measured."));
-  const rows = data.costs.map(({ codec, size, device, threads, planes, seconds, peak_mib: memory = null, note }) => {
-    if (!seconds) return [codec, size, device, "", "", note, note, note];
-    const numbers = [fixed(seconds.encode, 3), fixed(seconds.decode, 3), fixed(memory, 0)];
-    return [codec, size, device, whole(threads), whole(planes), ...numbers];
+  if (data.costs === null) return place.append(html("p", {}, "Not measured."));
+  const { machine, online, growth, codecs } = data.costs;
+  const code = html("code", {}, "python -m stages.benchmark");
+  const part = (title, found, text, draw) => {
+    place.append(html("h3", {}, title), html("p", {}, found ? text : "Not measured."), found ? draw(found) : "");
+  };
+  place.append(html("p", {}, "By ", code, `, on ${machine}.`));
+  part("One image", online, ONLINE, costsOnline);
+  part("Stages", growth, GROWTH, costsOfStages);
+  part("Codecs", codecs, "The planes of a batch of images, coded and decoded.", costsOfCodecs);
+}
+
+const ONLINE =
+  "Seconds of the sender's and the receiver's steps on one thread, medians over images of test. uniform is plain " +
+  "coding, at the quality of the precoding; what the others take more is the price of the allocation. Where a price " +
+  "of bits is given, qualities follow from one precoding; where the bits are given, candidates are coded until the " +
+  "size fits. Writing makes the container and its checksum; memory is the peak of the process.";
+const GROWTH =
+  "Stages that work through images, in one process. Seconds are those of the clock and of the CPU with the most " +
+  "images; an image's are what the CPU took more than with the fewest images, over the images more.";
+const SENDER = ["backbone", "precoding", "MFIP", "allocation", "coding", "writing"];
+const RECEIVER = ["decoding", "heads"];
+
+function costsOnline(cases) {
+  const rows = cases.flatMap(({ cell, device, note, sender, receiver }) => {
+    if (note) return [[`${cell}, ${device}: ${note}`]];
+    const total = (steps) => sum(Object.values(steps));
+    const plainly = total(sender.seconds[data.anchor]);
+    const numbers = (steps, names) => names.map((name) => (name in steps ? fixed(steps[name], 3) : ""));
+    return Object.entries(sender.seconds).map(([way, steps]) => [
+      `${cell}, ${device}: ${way}`,
+      ...[...numbers(steps, SENDER), fixed(total(steps), 3), fixed(total(steps) / plainly, 2)],
+      ...[...numbers(receiver.seconds[way], RECEIVER), fixed(total(receiver.seconds[way]), 3)],
+      ...[whole(sender.peak_mib), whole(receiver.peak_mib)],
+    ]);
   });
-  const headers = ["codec", "size", "device", "threads", "planes", "encode, s", "decode, s", "peak memory, MiB"];
-  place.append(html("p", {}, `The codecs on planes of features, on ${data.costs[0].machine}:`), tableOf(headers, rows));
+  const totals = ["sender, s", `to ${data.anchor}`, ...RECEIVER, "receiver, s"];
+  return tableOf(["cell, device: qualities", ...SENDER, ...totals, "sender, MiB", "receiver, MiB"], rows);
+}
+
+function costsOfStages({ times, before_mib: before, stages }) {
+  const rows = stages.map(({ stage, items, seconds, cpu_seconds: cpu, peak_mib: peak }) => {
+    const last = items.length - 1;
+    const ofImage = (cpu[last] - cpu[0]) / (items[last] - items[0]);
+    const taken = [whole(items[last]), fixed(seconds[last], 1), fixed(cpu[last], 1), fixed(ofImage, 3)];
+    return [stage, ...taken, whole(peak[last]), fixed(peak[last] / peak[0], 2)];
+  });
+  rows.push(["a process that does nothing", "", "", "", "", whole(before), ""]);
+  const headers = ["stage", "images", "seconds", "CPU seconds", "CPU seconds an image", "peak memory, MiB"];
+  return tableOf([...headers, `peak, to ${times[0]}/${times.at(-1)} of the images`], rows);
+}
+
+function costsOfCodecs(cases) {
+  const name = ({ codec, size, device }) => `${codec}, ${size}, ${device}`;
+  const rows = cases
+    .filter((of) => of.seconds)
+    .map((of) => [
+      ...[name(of), whole(of.threads), whole(of.planes)],
+      ...[fixed(of.seconds.encode, 3), fixed(of.seconds.decode, 3), fixed(of.peak_mib, 0)],
+    ]);
+  const told = (note) => `${capital(note)}: ${cases.filter((of) => of.note === note).map(name).join("; ")}.`;
+  const notes = [...new Set(cases.flatMap((of) => of.note ?? []))].map((note) => html("p", {}, told(note)));
+  const headers = ["codec, size, device", "threads", "planes", "encode, s", "decode, s", "peak memory, MiB"];
+  return html("div", {}, tableOf(headers, rows), ...notes);
 }
 
 function drawProvenance() {
