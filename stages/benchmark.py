@@ -23,13 +23,14 @@ from torch import Tensor
 
 from stages.lib.benchmarking import measure, peak_memory
 from stages.lib.coding import FeatureCodec, build_codec, load_codec
+from stages.lib.command import run
 from stages.lib.elic import Elic
 from stages.lib.features import Features
 from stages.lib.files import write_json
 from stages.lib.growth import growth
 from stages.lib.learned import STRIDE, LearnedCodec
 from stages.lib.models import DEVICE
-from stages.lib.online import Cell, run
+from stages.lib.online import Cell
 from stages.lib.online_costs import PLAIN as PLAIN_CODING
 from stages.lib.online_costs import first_images, middle_price, receive, send
 from stages.lib.params import load_params

@@ -10,9 +10,10 @@ from pathlib import Path
 from torchvision.transforms.functional import to_pil_image
 
 from stages.lib.bitstream import BitstreamError, parse
+from stages.lib.command import Parser, run
 from stages.lib.files import atomic, write_json
 from stages.lib.models import read_image
-from stages.lib.online import Parser, coco_results, decode, draw, load_cell, load_networks, run
+from stages.lib.online import coco_results, decode, draw, load_cell, load_networks
 from stages.lib.schema import InputError
 
 

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
+from stages.lib.command import Parser, run
 from stages.lib.files import atomic
-from stages.lib.online import TOLERANCE, Encoded, Parser, encode, load_cell, run
+from stages.lib.online import TOLERANCE, Encoded, encode, load_cell
 from stages.lib.params import SCALES, SKIPPED
 
 

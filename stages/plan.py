@@ -14,7 +14,7 @@ from tabulate import tabulate
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else its look for GPUs makes them useless to forks
 
 from stages.lib import measuring  # noqa: F401  its imports are made before the samples are forked
-from stages.lib.online import run
+from stages.lib.command import run
 from stages.lib.planning import plan
 from stages.lib.shards import workers
 

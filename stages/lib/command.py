@@ -1,12 +1,13 @@
 """A command line -> one call of a stage; bad input -> one line on stderr and exit code 2."""
 
+import argparse
 import inspect
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stages.lib.schema import InputError
 
@@ -40,6 +41,17 @@ def attempt(main: Callable[..., None], given: dict[str, Any], folders: bool) -> 
     except OSError as error:
         remedy = "give another path, or see to this one"
         sys.exit(_fail(f"{error.filename}: {error.strerror}; {remedy}" if error.filename else str(error)))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, and not the usage before it."""
+        self.exit(2, f"{self.prog}: {message}; --help lists what may be given\n")
+
+
+def run(parser: argparse.ArgumentParser, main: Callable[..., None]) -> None:
+    """`entry` for a command with options, all of whose outputs are files."""
+    attempt(main, vars(parser.parse_args()), folders=False)
 
 
 def check_output(path: Path, is_folder: bool, others: Iterable[Path]) -> None:

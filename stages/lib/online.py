@@ -12,7 +12,6 @@ image has one file, and what was coded decodes on a machine with another number 
 
 from __future__ import annotations
 
-import argparse
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from functools import cache
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +41,6 @@ from stages.lib.bitstream import (
     parse_record,
 )
 from stages.lib.coding import FeatureCodec, decode_scale, encode_scale, load_codec, pyramid_shapes
-from stages.lib.command import attempt
 from stages.lib.files import picture
 from stages.lib.heads import detect
 from stages.lib.loss_rate import read_fit
@@ -390,14 +388,3 @@ def _check_sizes(original: tuple[int, int], resized: tuple[int, int], cell: Cell
             f"size {original[0]} x {original[1]} px: its masks could take {needed / 2**30:.0f} GiB, "
             f"{MASK_BYTES / 2**30:.0f} are allowed; scale the image down before coding"
         )
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, and not the usage before it."""
-        self.exit(2, f"{self.prog}: {message}; --help lists what may be given\n")
-
-
-def run(parser: argparse.ArgumentParser, main: Callable[..., None]) -> None:
-    """`command.entry` for a command with options, all of whose outputs are files."""
-    attempt(main, vars(parser.parse_args()), folders=False)
