@@ -12,14 +12,23 @@ from pytest import approx
 from stages import report
 from stages.lib import ablation, ablation_tables, figures, sizes, tables
 from stages.lib.ablation import ROWS, SEES_LABELS, Senses, rate_control, variants
-from stages.lib.allocation import Importance, allocate, allocation_table, column, mean_bits_per_image
+from stages.lib.allocation import (
+    Importance,
+    allocate,
+    allocation_table,
+    column,
+    mean_bits_per_image,
+    operating_points,
+    rate_targets,
+)
 from stages.lib.files import read_csv, write_csv
 from stages.lib.loss_rate import Curves, fit_scales, mean_loss, predicted_bits
 from stages.lib.params import SCALES, SKIPPED, check_params
 from stages.lib.schema import InputError
 
 K, PRECODE, SEED = 4, 1, 3
-PRICES = 10.0 ** np.linspace(-9, 2, 45)
+PRICES = 10.0 ** np.linspace(-9, 7, 65)  # those of the authors' algorithm are the highest
+MIDDLES = (np.arange(50) + 0.5) / 50
 POOL = SCALES.index("pool")
 PARAMS = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
 
@@ -61,6 +70,11 @@ def importance(test) -> Importance:
 
 
 @pytest.fixture(scope="module")
+def fit_weights(fit) -> np.ndarray:
+    return np.random.default_rng(6).dirichlet(np.ones(5), len(fit.bits))
+
+
+@pytest.fixture(scope="module")
 def senses(fit, test) -> Senses:
     rng = np.random.default_rng(4)
     learned = {name: rng.uniform(0.1, 3, test.pixels.shape) for name in ("channels", "objectness", "ap")}
@@ -72,8 +86,8 @@ def senses(fit, test) -> Senses:
 
 
 @pytest.fixture(scope="module")
-def methods(fit, test, model, importance, senses) -> dict:
-    return variants(fit, test, model, importance, senses, PRECODE, SEED)
+def methods(fit, test, model, importance, fit_weights, senses) -> dict:
+    return variants(fit, test, model, importance, fit_weights, senses, PRECODE, SEED)
 
 
 def chosen(choose) -> np.ndarray:
@@ -98,19 +112,19 @@ def test_the_main_methods_are_those_of_allocate(methods, test, model, importance
         pd.testing.assert_frame_equal(wanted, found)
 
 
-def test_labels_of_test_reach_only_those_that_say_so(fit, test, model, importance, senses, methods):
+def test_labels_of_test_reach_only_those_that_say_so(fit, test, model, importance, fit_weights, senses, methods):
     strangers = make_curves(9)  # not the same ones in another order: that would leave their means
     names = ("drop", "loss", "loss_skipped", "clean")
     relabelled = test._replace(**{name: getattr(strangers, name) for name in names})
-    others = variants(fit, relabelled, model, importance, senses, PRECODE, SEED)
+    others = variants(fit, relabelled, model, importance, fit_weights, senses, PRECODE, SEED)
     changed = {name for name in methods if not np.array_equal(chosen(methods[name]), chosen(others[name]))}
     assert changed == SEES_LABELS
 
 
-def test_real_bits_and_a_perfect_predictor_are_a_direct_argmin(fit, test, model, senses):
+def test_real_bits_and_a_perfect_predictor_are_a_direct_argmin(fit, test, model, fit_weights, senses):
     mean = mean_loss(fit.loss)
     k = ablation.measured(test, model)
-    known = variants(fit, test, model, Importance(np.full(k.shape, 0.2), k), senses, PRECODE, SEED)
+    known = variants(fit, test, model, Importance(np.full(k.shape, 0.2), k), fit_weights, senses, PRECODE, SEED)
     for price in PRICES:
         direct = (k[:, :, None] * mean + price * test.bits).argmin(2)
         assert np.array_equal(known["bits_real"](price), direct)
@@ -118,9 +132,9 @@ def test_real_bits_and_a_perfect_predictor_are_a_direct_argmin(fit, test, model,
     assert np.array_equal(chosen(known["mfiba_skip"]), chosen(known["measured_skip"]))
 
 
-def test_without_precoding_all_images_of_one_sensitivity_get_one_vector(fit, test, model, senses, methods):
+def test_without_precoding_all_images_of_one_sensitivity_get_one_vector(fit, test, model, fit_weights, senses, methods):
     alike = Importance(np.full(test.pixels.shape, 0.2), np.ones(test.pixels.shape))
-    known = variants(fit, test, model, alike, senses, PRECODE, SEED)
+    known = variants(fit, test, model, alike, fit_weights, senses, PRECODE, SEED)
     phi = chosen(known["bits_mean"])
     assert (phi == phi[:, :1]).all() and np.array_equal(phi, chosen(known["static_smooth"]))
     assert np.array_equal(chosen(known["mfiba"]), chosen(methods["sensitivity_one"]))
@@ -134,8 +148,10 @@ def test_every_other_sensitivity_changes_the_choice(methods):
     assert len(set(found.values())) == len(found)
 
 
-def test_random_variants_follow_the_seed(fit, test, model, importance, senses, methods):
-    again, other = (variants(fit, test, model, importance, senses, PRECODE, seed) for seed in (SEED, SEED + 1))
+def test_random_variants_follow_the_seed(fit, test, model, importance, fit_weights, senses, methods):
+    again, other = (
+        variants(fit, test, model, importance, fit_weights, senses, PRECODE, seed) for seed in (SEED, SEED + 1)
+    )
     different = {n for n in methods if not np.array_equal(chosen(methods[n]), chosen(other[n]))}
     assert different == {"closed_form_random", "sensitivity_permuted"}
     assert all(np.array_equal(chosen(methods[n]), chosen(again[n])) for n in methods)
@@ -182,6 +198,63 @@ def test_a_power_law_of_the_image_is_found_and_decides():
     assert (phi[:, 0] >= phi[:, 1]).all() and (phi[:, 0] > phi[:, 1]).any()
     assert np.array_equal(phi[:, 1], phi[:, 2])
     assert (phi[:, 5] == 0).all()
+
+
+def test_weights_fall_into_fifty_bins(fit, fit_weights, model):
+    assert ablation.weight_bins(np.array([0, 0.019, 0.021, 0.5, 0.979, 0.981, 1])).tolist() == [0, 0, 1, 25, 48, 49, 49]
+    assert np.array_equal(ablation.weight_bins(MIDDLES), np.arange(50))
+    c = ablation.calibrate(fit, fit_weights, model)
+    seen = np.unique(ablation.weight_bins(fit_weights))
+    assert c.shape == (50,) and not np.array_equal(c, MIDDLES)
+    assert np.array_equal(np.delete(c, seen), np.delete(MIDDLES, seen))
+    steps = (c - MIDDLES) / 0.01
+    assert steps == approx(np.rint(steps), abs=1e-9)
+
+
+def test_calibration_moves_bits_to_the_scale_that_loses(fit, model):
+    """Scale 0 loses alone and has the least weight; what is learned on fit must hold for other images, too."""
+    weights = np.tile([0.05, 0.2375, 0.2375, 0.2375, 0.2375], (60, 1))
+    fit, other = (c._replace(drop=c.drop * (np.arange(5) == 0)[:, None]) for c in (fit, make_curves(7, 60)))
+    c = ablation.calibrate(fit, weights, model)
+    bins = ablation.weight_bins(weights)
+    low, high = bins[0, :2]
+    assert c[low] >= MIDDLES[low] and c[high] < MIDDLES[high] - 0.05
+    for curves in (fit, other):
+        targets, images = rate_targets(curves.bits, 6), np.arange(60)
+        lost = [
+            [curves.drop[images, 0, point.phi[:, 0].astype(int)].mean() for point in points[1:-1]]
+            for w in (MIDDLES, c)
+            for points in [operating_points(ablation.upstream_with(w[bins], curves, model), curves.bits, targets)]
+        ]
+        assert (np.array(lost[1]) < lost[0]).all()
+
+
+def test_calibration_keeps_no_nudge_without_a_gain(fit, fit_weights, model):
+    lossless = fit._replace(drop=np.zeros_like(fit.drop))  # all chords are level, so is every nudge
+    ends = [0, K - 1]  # two points: no chord
+    two = fit._replace(bits=fit.bits[:, :, ends], drop=fit.drop[:, :, ends])
+    for curves in (lossless, two):
+        assert np.array_equal(ablation.calibrate(curves, fit_weights, model), MIDDLES)
+
+
+def test_calibration_asks_no_image_without_label_for_a_drop(fit, fit_weights, model):
+    clean, drop = fit.clean.copy(), fit.drop.copy()
+    clean[::3], drop[::3] = np.nan, np.nan
+    unlabelled = fit._replace(clean=clean, drop=drop)
+    nothing_lost = fit._replace(drop=np.nan_to_num(drop))
+    found, wanted = (ablation.calibrate(curves, fit_weights, model) for curves in (unlabelled, nothing_lost))
+    assert np.array_equal(found, wanted) and np.isfinite(found).all()
+
+
+def test_calibration_sees_no_label_of_test(fit, test, model, importance, fit_weights, senses, methods):
+    order = np.roll(np.arange(len(test.bits)), 1)
+    permuted = test._replace(drop=test.drop[order], clean=test.clean[order])
+    again = variants(fit, permuted, model, importance, fit_weights, senses, PRECODE, SEED)
+    found, same = (chosen(names["upstream_calibrated"]) for names in (methods, again))
+    assert np.array_equal(found, same)
+    weights = ablation.calibrate(fit, fit_weights, model)[ablation.weight_bins(importance.weights)]
+    assert np.array_equal(found, chosen(ablation.upstream_with(weights, test, model)))
+    assert not np.array_equal(chosen(methods["upstream_measured"]), chosen(again["upstream_measured"]))
 
 
 def test_asked_bits_are_reached_exactly_where_they_are_known(test, model):

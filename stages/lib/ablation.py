@@ -3,6 +3,7 @@
 Every variant is one `Choose` (allocation): lambda' -> phi [n, 5], so that all are evaluated by the same code.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ from stages.lib.params import SCALES
 
 POOL = SCALES.index("pool")
 IMAGE_NOISE_FLOOR = 0.001  # upstream, of its fits to one image: smaller drops count as none
+WEIGHT_BINS, NUDGE = 50, 0.01  # upstream, of its calibrated weights
 
 ROWS = {  # part of the method -> variant -> what it is
     "fixed vector": {
@@ -69,6 +71,7 @@ ROWS = {  # part of the method -> variant -> what it is
     },
     "the authors' algorithm": {
         "upstream_predicted": "with MFIP's weights",
+        "upstream_calibrated": "with MFIP's weights, calibrated on fit as the authors calibrate",
         "upstream_measured": "with measured weights",
         "upstream_image": "with a power law fitted to the drops of the very image",
     },
@@ -102,12 +105,20 @@ def described_rows() -> pd.DataFrame:
 
 
 def variants(
-    fit: Curves, test: Curves, model: dict, importance: Importance, senses: Senses, precode: int, seed: int
+    fit: Curves,
+    test: Curves,
+    model: dict,
+    importance: Importance,
+    fit_weights: np.ndarray,
+    senses: Senses,
+    precode: int,
+    seed: int,
 ) -> dict[str, Choose]:
-    """Curves, `fit_scales`, predictions for test -> a choice for each method of `ROWS`, in its order.
+    """Curves, `fit_scales`, predictions for test, weights of fit -> a choice for each method of `ROWS`, in its order.
 
-    The labels of test reach those of SEES_LABELS only.
+    The labels of test reach those of SEES_LABELS only. fit_weights [m, 5] are MFIP's, too, out of fold.
     """
+    calibration = calibrate(fit, fit_weights, model)
     main = label_free(test.bits, test.pixels, model, importance, precode) | label_aware(test, model)
     found = (
         main
@@ -115,7 +126,11 @@ def variants(
         | sensitivities(fit, test, model, importance, senses, precode, seed)
         | other_bits(test.bits, model, importance.sensitivity)
         | skipping(test, model, importance.sensitivity, precode)
-        | {"static_smooth": _static_smooth(model, len(test.bits)), "upstream_image": upstream_image(test)}
+        | {
+            "static_smooth": _static_smooth(model, len(test.bits)),
+            "upstream_calibrated": upstream_with(calibration[weight_bins(importance.weights)], test, model),
+            "upstream_image": upstream_image(test),
+        }
     )
     return {name: found[name] for names in ROWS.values() for name in names}
 
@@ -177,6 +192,53 @@ def skipping(test: Curves, model: dict, sensitivity: np.ndarray, precode: int) -
         "coded_pool_skip": lambda lambda_prime: with_skipping(loss, skipped_others, bits, lambda_prime),
         "measured_skip": mfiba_skip(measured(test, model), precoded, model, precode),
     }
+
+
+def calibrate(fit: Curves, weights: np.ndarray, model: dict) -> np.ndarray:
+    """height(c) = sum_p A_p(c) - slope_p * R_p(c) -> c [50], the weight that stands for each of `weight_bins`.
+
+    c starts at the middles of the bins; every bin is nudged by 0.01 up as long as each nudge raises `height`, then
+    every bin down. p are the operating points of `upstream` with the middles, at the lambdas that they have there, but
+    for the lowest and the highest rate; R_p are mean bits, A_p AP, slope_p is that of the chord from p - 1 to p + 1
+    before all nudges. So a nudge is kept if it lifts the points, on average, above lines along the chords.
+
+    Bins, nudges and a chord are the authors' (SYSU-Video/MFIBA at 112619e). They tune on the images that they evaluate,
+    at one lambda, with a run of the detector per nudge. Ours: `fit` and MFIP's weights [m, 5] for it, as many targets
+    as qualities, an additive AP, - sum_s drop_s(phi_s) up to a constant, and no nudge that changes nothing.
+    """
+    bins, c = weight_bins(weights), (np.arange(WEIGHT_BINS) + 0.5) / WEIGHT_BINS
+    targets = rate_targets(fit.bits, fit.bits.shape[2])
+    lambdas = [p.lambda_prime for p in operating_points(upstream_with(c[bins], fit, model), fit.bits, targets)]
+    tables = np.stack([fit.bits, -drops(fit)])[:, None]  # [2, 1, m, 5, K]
+
+    def bits_and_ap(c: np.ndarray) -> np.ndarray:
+        choose = upstream_with(c[bins], fit, model)
+        phi = np.stack([choose(lam) for lam in lambdas]).astype(int)  # [P, m, 5]
+        return np.take_along_axis(tables, phi[None, ..., None], 4).sum((3, 4)).mean(2)  # [2, P]
+
+    bits, ap = bits_and_ap(c)
+    slope = (ap[2:] - ap[:-2]) / (bits[2:] - bits[:-2])
+
+    def height(c: np.ndarray) -> float:
+        bits, ap = bits_and_ap(c)[:, 1:-1]
+        return float((ap - slope * bits).sum())
+
+    highest = height(c)
+    for nudge, k in product((NUDGE, -NUDGE), np.unique(bins)):
+        while (found := height(nudged := c + nudge * (np.arange(WEIGHT_BINS) == k))) > highest:
+            c, highest = nudged, found
+    return c
+
+
+def weight_bins(weights: np.ndarray) -> np.ndarray:
+    """floor(50 w), and 49 for w = 1."""
+    return np.minimum(np.floor(weights * WEIGHT_BINS), WEIGHT_BINS - 1).astype(int)
+
+
+def upstream_with(weights: np.ndarray, curves: Curves, model: dict) -> Choose:
+    """`upstream` with weights [n, 5] for the images of `curves`."""
+    a, b = column(model, "upstream", "a"), column(model, "upstream", "b")
+    return lambda lam: upstream(weights, a, b, curves.bpp_plane, lam)
 
 
 def upstream_image(test: Curves) -> Choose:
