@@ -3,7 +3,6 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 # Threads that spin long while they wait for each other stand still when another process wants a core (seen: 8 times
 # slower); not to spin at all costs 20 % on a quiet machine. Must be set before torch is imported.
@@ -15,11 +14,13 @@ warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*", category=Fu
 _with_code = warnings.formatwarning
 
 
-def _format(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> str:
+def _format(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Ours are about results, for who runs a stage: one line, without the code that found it."""
     if Path(filename).is_relative_to(Path(__file__).parent):
         return f"Warning: {message}\n"
-    return _with_code(message, category, filename, *place)
+    return _with_code(message, category, filename, lineno, line)
 
 
 warnings.formatwarning = _format
