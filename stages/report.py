@@ -13,7 +13,7 @@ from stages.lib.files import atomic, read_csv, read_json, write_csv, write_json
 from stages.lib.loss_rate import Curves, read_curves, read_fit
 from stages.lib.params import SCALES, load_params
 from stages.lib.references import reported
-from stages.lib.schema import FLAGS, NUMBER, NUMBER_OR_NULL, Having, InputError
+from stages.lib.schema import FLAGS, NUMBER, NUMBER_OR_NULL, Check, Having, InputError, is_whole
 
 RD_POINTS = [
     "task",
@@ -46,6 +46,16 @@ MFIP = Having(  # errors of `train_mfip`
         "held_out": Having({"network": ERRORS, "constant": ERRORS}),
         "sensitivity": dict.fromkeys(SCALES, Having({"r2": NUMBER_OR_NULL})),
         "flags": FLAGS,
+    }
+)
+EXAMPLES = Having(  # of `illustrate`
+    {
+        "examples": Check(
+            lambda value: (
+                isinstance(value, list) and all(isinstance(e, dict) and is_whole(e.get("image_id")) for e in value)
+            ),
+            "a list of objects, each with an image_id",
+        )
     }
 )
 
@@ -151,7 +161,7 @@ def read_cell(data: Path, model: str, codec: str, task: str, qualities: list[str
     losses = data / "losses" / place, data / "losses" / model / "uncoded.csv"
     test = read_curves(data / "coded" / place, *losses, qualities, task, "test")
     predicted = read_importance(importance, "test", test.image_ids)
-    examples = read_json(data / "illustrations" / place / f"{task}.json")
+    examples = read_json(data / "illustrations" / place / f"{task}.json", EXAMPLES)
     return Cell(points, resamples, fit, weights, mfip, pixels.reindex(SCALES).to_dict(), test, predicted, examples)
 
 
@@ -176,6 +186,8 @@ def read_bound(folder: Path) -> bound_tables.Study:
         for place in (folder, folder / "mirrored")
         for name, columns in (("points", RD_POINTS), ("bootstrap", RESAMPLES))
     )
+    comparing.check_cell(points, bootstrap, str(folder))
+    comparing.check_cell(points_mirrored, bootstrap_mirrored, str(folder / "mirrored"))
     additivity, enumeration = (
         _read(folder / f"{name}.csv", columns)
         for name, columns in (("additivity", ADDITIVITY), ("enumeration", ENUMERATION))
@@ -187,6 +199,10 @@ def read_ablation(folder: Path) -> dict[str, pd.DataFrame]:
     """What `ablate` wrote of one cell: the tables of ABLATION."""
     study = {name: _read(folder / f"{name}.csv", columns) for name, columns in ABLATION.items()}
     comparing.check_cell(study["points"], study["bootstrap"], str(folder))
+    if unknown := {*study["rows"]["method"], *study["rows"]["reference"]} - {*study["points"]["method"]}:
+        raise InputError(f"{folder}/rows.csv: {min(unknown)!r} is no method of points.csv; run ablate again")
+    comparing.check_grid(study["sizes"], ["size"], ["quantity", "name"], folder / "sizes.csv")
+    comparing.check_grid(study["rate_control"], ["asked"], ["method", "bits"], folder / "rate_control.csv")
     return study
 
 

@@ -17,7 +17,7 @@ from stages.lib.accuracy import Matches, average_precision, bootstrap_weights, m
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.coding import FeatureCodec, load_codec
 from stages.lib.features import Features, Shard
-from stages.lib.files import create_h5, open_h5, write_array
+from stages.lib.files import create_h5, open_h5, read_csv, write_array
 from stages.lib.heads import Variants, detect_variants
 from stages.lib.measuring import Pyramid, Truths, decoder, ledger_column, read_truths
 from stages.lib.models import load_model
@@ -40,7 +40,22 @@ class Choices(NamedTuple):
     phi: dict[int, np.ndarray]  # image id -> quality of each scale [points, 5], SKIPPED where it is not sent
 
 
-def choices_of(allocation: pd.DataFrame) -> Choices:
+def read_allocation(file: Path, k: int) -> pd.DataFrame:
+    """What `allocate` wrote for k qualities; InputError that names the file where it does not say what is sent."""
+    table = read_csv(file, ["method", "point", "lambda_prime", "image_id", "scale", "phi"])
+    odd = ~table["phi"].isin(range(SKIPPED, k))
+    if odd.any():
+        line = int(odd.argmax())
+        raise InputError(
+            f"{file}: line {line + 2}: phi is {table['phi'][line]}: it must be a whole number from {SKIPPED} to "
+            f"{k - 1}; run allocate again"
+        )
+    choices_of(table, str(file))
+    return table
+
+
+def choices_of(allocation: pd.DataFrame, name: str = "allocation") -> Choices:
+    """Raises InputError, with the name, where an image lacks a scale in a point."""
     points = list(dict.fromkeys(zip(allocation["method"], allocation["point"], strict=True)))
     number = {point: i for i, point in enumerate(points)}
     ids = allocation["image_id"].unique()
@@ -56,7 +71,7 @@ def choices_of(allocation: pd.DataFrame) -> Choices:
     phi[at] = allocation["phi"].astype(int)
     for image, point, s in np.argwhere(phi == missing)[:1]:
         method = " ".join(map(str, points[point]))
-        raise InputError(f"allocation: image {ids[image]}, scale {SCALES[s]} has no phi in {method}; allocate again")
+        raise InputError(f"{name}: image {ids[image]}, scale {SCALES[s]} has no phi in {method}; allocate again")
     return Choices(points, {int(image_id): phi[i] for image_id, i in row.items()})
 
 
