@@ -40,6 +40,7 @@ PACKAGES = (  # whose version can change a number
     *("torch", "torchvision", "compressai", "constriction", "av", "pycocotools", "bjontegaard"),
     *("numpy", "scipy", "pandas", "h5py", "pillow", "matplotlib"),
 )
+VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # that torch looks for, where a virtual machine shows them
 INK = "var(--ink)"  # of the page's text: black on paper, nearly white at night
 
 
@@ -230,14 +231,16 @@ def provenance(params: dict[str, Any], lock: Path, inputs: list[Path]) -> dict[s
 
 
 def _machine() -> dict[str, str]:
-    """Its kind. The number of cores is not part of it: no number depends on it."""
+    """Its kind: what chooses the routines of the networks, which round differently. The number of cores does not."""
     cpu, cards = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/gpus").glob("*/information")
     lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.is_file() else []
     processors = [_after_colon(line) for line in lines if line.startswith("model name")]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
     gpus = {_after_colon(card.read_text(encoding="utf-8").splitlines()[0]) for card in cards}
     return {
         "system": f"{sys.platform}, {platform.machine()}",
         "processor": processors[0] if processors else platform.machine(),
+        "vectors": ", ".join(name for name in VECTORS if name in flags) or "unknown",
         "gpu": ", ".join(sorted(gpus)) or "none",
     }
 
