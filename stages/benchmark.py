@@ -28,7 +28,7 @@ from stages.lib.elic import Elic
 from stages.lib.features import Features
 from stages.lib.files import write_json
 from stages.lib.growth import growth
-from stages.lib.learned import STRIDE, LearnedCodec
+from stages.lib.learned import STRIDE, TRANSFORM_TYPE, LearnedCodec
 from stages.lib.models import DEVICE
 from stages.lib.online import Cell
 from stages.lib.online_costs import PLAIN as PLAIN_CODING
@@ -167,6 +167,8 @@ def machine() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": [*names, platform.processor() or platform.machine()][0],
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "transforms": str(TRANSFORM_TYPE).removeprefix("torch."),
         "cores": CORES,
         "gpu": torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "not measured",
         **{package: version(package) for package in ("torch", "constriction", "compressai")},
