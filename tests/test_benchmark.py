@@ -147,7 +147,8 @@ def test_every_codec_is_measured_at_both_sizes_on_this_device_alone(report):
 def test_every_number_is_finite_and_positive(report):
     for entry in [*report["cases"], *report["memory"]]:
         assert all(math.isfinite(n) and n > 0 for n in numbers(entry))
-    assert set(report["machine"]) == {"processor", "cores", "gpu", "torch", "constriction", "compressai"}
+    named = {"processor", "vectors", "transforms", "cores", "gpu", "torch", "constriction", "compressai"}
+    assert set(report["machine"]) == named
 
 
 def test_ratios_follow_from_the_times(report):
