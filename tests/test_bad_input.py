@@ -552,7 +552,7 @@ IN_TABLES = [
     (cell(f"{CODED}/q2.csv", "bits", ""), f"{CODED}/q2.csv: column 'bits' holds values that are not finite"),
     (cell(f"{CODED}/q2.csv", "bits", "0"), f"{CODED}/q2.csv: split 'test' has bits or pixels that are not > 0"),
     (cell(f"{CODED}/q2.csv", "bits", "-8"), f"{CODED}/q2.csv: split 'test' has bits or pixels that are not > 0"),
-    (cell(f"{CODED}/q2.csv", "scale", "9"), f"{CODED}/q2.csv: image, scale (5, '0') is missing"),
+    (cell(f"{CODED}/q2.csv", "scale", "9"), f"{CODED}/q2.csv: line 2: scale is '9', no 0 or 1 or 2 or 3 or pool"),
     (cell(f"{CODED}/q2.csv", "image_id", "five"), f"{CODED}/q2.csv: line 2: image_id is 'five'"),
     (table(f"{CODED}/q2.csv", lambda t: t[:0]), f"{CODED}/q2.csv has no rows of {{'split': 'test'"),
     (table(f"{CODED}/q2.csv", lambda t: pd.concat([t, t[:1]])), f"{CODED}/q2.csv: image, scale (5, '0') is there twi"),
