@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from stages.lib.params import InputError, check
+from stages.lib.params import SCALES, TASKS, InputError, check
 
 PICTURES = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # others can be programs, as EPS is
 RESERVE = 2**25  # bytes of a disk that no array takes: HDF5 writes once more where a file is closed
@@ -22,6 +22,7 @@ TEXTS = {  # columns of tables, any table or one; the others hold numbers
     *("task", "codec", "method", "split", "scale", "accuracy_name", "kind", "size", "name", "quantity"),
     *("part", "description", "sees_labels", "reference", "rate_control.bits"),
 }
+NAMES = {"task": TASKS, "scale": SCALES, "split": ("train", "fit", "test")}  # columns that hold one of a few texts
 
 
 @contextmanager
@@ -95,17 +96,23 @@ def read_csv(path: Path, columns: Iterable[str] = ()) -> pd.DataFrame:
         )
     except ValueError as error:  # EmptyDataError, ParserError and UnicodeDecodeError
         raise InputError(f"{path}: not a CSV table ({error}); {again}") from None
+    if not isinstance(frame.index, pd.RangeIndex):  # what pandas makes of the columns that the header lacks
+        raise InputError(f"{path}: not a CSV table (its lines have more fields than its header); {again}")
     for column in columns:
         if column not in frame:
             raise InputError(f"{path} has no column {column!r}; {again}")
-        if not {column, f"{path.stem}.{column}"} & TEXTS:
+        if column in NAMES:
+            bad, wanted = ~frame[column].isin(list(NAMES[column])), " or ".join(NAMES[column])
+        elif not {column, f"{path.stem}.{column}"} & TEXTS:
             numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
-            bad = frame[column].notna() & ~np.isfinite(numbers)
-            if bad.any():
-                line = int(bad.argmax())
-                raise InputError(
-                    f"{path}: line {line + 2}: {column} is {str(frame[column][line])!r}, no finite number; {again}"
-                )
+            bad, wanted = frame[column].notna() & ~np.isfinite(numbers), "finite number"
+        else:
+            continue
+        if bad.any():
+            line = int(bad.argmax())
+            raise InputError(
+                f"{path}: line {line + 2}: {column} is {str(frame[column].iloc[line])!r}, no {wanted}; {again}"
+            )
     return frame
 
 

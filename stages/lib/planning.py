@@ -152,38 +152,44 @@ def run_sample(params: dict[str, Any], dvc_yaml: Path, wanted: Sequence[str] = (
         folder = Path(name).resolve()
         (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
         (folder / "dvc.yaml").write_bytes(dvc_yaml.read_bytes())
-        graph = Repo.init(folder, no_scm=True).index.graph  # a stage -> those that it depends on
-        if wanted:
-            ends = [stage for stage in graph if _address(stage) in wanted]
-            graph = graph.subgraph({*ends}.union(*(networkx.descendants(graph, stage) for stage in ends)))
-        stages = list(reversed(list(networkx.lexicographical_topological_sort(graph, key=_address))))
+        stages = in_order(Repo.init(folder, no_scm=True), wanted)
         title = f"sample of {params['prepare']['images']['test']} images, stages"
         return [_run(stage, folder) for stage in progress(stages, title, len(stages))]
 
 
-def _address(stage: Any) -> str:
+def in_order(repo: Repo, wanted: Sequence[str] = ()) -> list[Any]:
+    """DVC's stages, or the `wanted` ones and those before them, each after those that it depends on."""
+    graph = repo.index.graph  # a stage -> those that it depends on
+    if wanted:
+        ends = [stage for stage in graph if address_of(stage) in wanted]
+        graph = graph.subgraph({*ends}.union(*(networkx.descendants(graph, stage) for stage in ends)))
+    return list(reversed(list(networkx.lexicographical_topological_sort(graph, key=address_of))))
+
+
+def address_of(stage: Any) -> str:
+    """As `dvc repro` takes it in the profile's folder."""
     return stage.addressing.rpartition(":")[2]
 
 
 def _run(stage: Any, folder: Path) -> Run:
-    module, *arguments = shlex.split(stage.cmd)[3:]  # PYTHONPATH=... python -m stages.<name> arguments
     log, start = folder / "log", time.perf_counter()
-    status, usage = forked(partial(_become, module, arguments, folder), log)
+    status, usage = forked(partial(become, stage.cmd, folder), log)
     seconds = time.perf_counter() - start
     if status:
         said = log.read_text(encoding="utf-8").strip().splitlines() or ["without a word"]
         how = f"was killed by signal {-status}, as where memory runs out" if status < 0 else f"failed: {said[-1]}"
-        raise InputError(f"sample of {Path.cwd()}: stage {_address(stage)} {how}")
+        raise InputError(f"sample of {Path.cwd()}: stage {address_of(stage)} {how}")
     outs = [Path(out.fs_path) for out in stage.outs]
     files = [file for out in outs for file in (out.rglob("*") if out.is_dir() else [out]) if file.is_file()]
     written = sum(file.stat().st_size for file in files)
-    return Run(module.removeprefix("stages."), _address(stage), seconds, usage.ru_maxrss / 1024, written)
+    return Run(address_of(stage).partition("@")[0], address_of(stage), seconds, usage.ru_maxrss / 1024, written)
 
 
-def _become(module: str, arguments: list[str], folder: Path) -> None:
+def become(command: str, folder: Path, workers: int = 0) -> None:
     """What a fork does to be the command of a stage."""
+    module, *arguments = shlex.split(command)[3:]  # PYTHONPATH=... python -m stages.<name> arguments
     os.chdir(folder)
-    os.environ["WORKERS"] = "0"
+    os.environ["WORKERS"] = str(workers)
     os.environ.pop("RAY_ADDRESS", None)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__")
@@ -191,6 +197,12 @@ def _become(module: str, arguments: list[str], folder: Path) -> None:
 
 def forked(call: Callable[[], None], log: Path = Path(os.devnull)) -> tuple[int, struct_rusage]:
     """`call` in a fork, with all imports made, its words in `log` -> its exit status (below 0: a signal) and usage."""
+    _, status, usage = os.wait4(begin(call, log), 0)
+    return os.waitstatus_to_exitcode(status), usage
+
+
+def begin(call: Callable[[], None], log: Path) -> int:
+    """The same, not waited for -> the id of the process."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -208,8 +220,7 @@ def forked(call: Callable[[], None], log: Path = Path(os.devnull)) -> tuple[int,
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    _, status, usage = os.wait4(process, 0)
-    return os.waitstatus_to_exitcode(status), usage
+    return process
 
 
 def start_seconds() -> float:
