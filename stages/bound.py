@@ -5,9 +5,9 @@ from pathlib import Path
 from stages.lib.bound import bound
 from stages.lib.coding import load_codec
 from stages.lib.features import Features
-from stages.lib.files import atomic, read_csv, write_csv
+from stages.lib.files import atomic, write_csv
 from stages.lib.loss_rate import read_curves
-from stages.lib.measuring import read_truths
+from stages.lib.measuring import read_allocation, read_truths
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params
 from stages.lib.prediction import load as load_predictor
@@ -36,7 +36,7 @@ def main(
         lambdas,
         load_codec(codec),
         load_predictor(prediction),
-        read_csv(allocations),
+        read_allocation(allocations, len(lambdas)),
         read_curves(coded, losses, uncoded, list(lambdas), task, "test"),
         read_truths(splits, "test", [task]),
         {"task": task, "codec": codec_name},

@@ -4,8 +4,8 @@ from functools import partial
 from pathlib import Path
 
 from stages.lib.features import Features, shards_of
-from stages.lib.files import atomic, read_csv, write_csv
-from stages.lib.measuring import bits_of, choices_of, load_evaluator, read_matches, tabulate
+from stages.lib.files import atomic, write_csv
+from stages.lib.measuring import bits_of, choices_of, load_evaluator, read_allocation, read_matches, tabulate
 from stages.lib.params import entry, load_params, tasks_of
 from stages.lib.shards import map_shards, unfinished
 
@@ -26,7 +26,7 @@ def main(
     described, qualities, tasks = params["models"][model], list(params["lambdas"]), tasks_of(params, model, codec_name)
     paths, test = (splits, weights, features, prediction, codec, coded), Features(features, "test")
     tables = {task: allocations / f"{task}.csv" for task in tasks}
-    choices = {task: choices_of(read_csv(table)) for task, table in tables.items()}
+    choices = {task: choices_of(read_allocation(table, len(qualities))) for task, table in tables.items()}
     resamples, seed, bits = params["report"]["bootstrap"], params["seed"], bits_of(coded, qualities, test)
     with unfinished(out, *paths, *tables.values(), described, qualities) as folder:
         load = partial(load_evaluator, *paths, described, qualities, choices)

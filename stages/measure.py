@@ -10,7 +10,7 @@ import pandas as pd
 from stages.lib.coding import load_codec
 from stages.lib.features import Features, Shard, shards_of
 from stages.lib.files import atomic, read_csv, write_csv
-from stages.lib.measuring import LOSSES, read_truths, single_scale_losses
+from stages.lib.measuring import LOSSES, UNCODED, read_truths, single_scale_losses
 from stages.lib.models import load_model
 from stages.lib.params import entry, load_params
 from stages.lib.prediction import load as load_predictor
@@ -55,7 +55,7 @@ def measurer(
 ) -> Callable[[Shard, Path], None]:
     """What writes the rows of a shard, of every quality."""
     detector, predictor = load_model(weights, described), load_predictor(prediction)
-    feature_codec, clean, measures = load_codec(codec), read_csv(uncoded), {}
+    feature_codec, clean, measures = load_codec(codec), read_csv(uncoded, UNCODED), {}
     for split in ("fit", "test"):
         part, truth = Features(features, split), read_truths(splits, split, described["tasks"])
         args = detector, part, coded, qualities, feature_codec, predictor, truth, clean

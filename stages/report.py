@@ -10,7 +10,18 @@ from stages.lib import ablation_tables, bound_tables, figures, page, tables
 from stages.lib.allocation import Importance, read_importance
 from stages.lib.files import atomic, read_csv, read_json, write_csv, write_json
 from stages.lib.loss_rate import Curves, read_curves, read_fit
-from stages.lib.params import FLAGS, NUMBER, NUMBER_OR_NULL, SCALES, Having, InputError, entry, load_params
+from stages.lib.params import (
+    FLAGS,
+    NUMBER,
+    NUMBER_OR_NULL,
+    SCALES,
+    Check,
+    Having,
+    InputError,
+    entry,
+    is_whole,
+    load_params,
+)
 from stages.lib.references import reported
 
 RD_POINTS = [
@@ -44,6 +55,16 @@ MFIP = Having(  # errors of `train_mfip`
         "held_out": Having({"network": ERRORS, "constant": ERRORS}),
         "sensitivity": dict.fromkeys(SCALES, Having({"r2": NUMBER_OR_NULL})),
         "flags": FLAGS,
+    }
+)
+EXAMPLES = Having(  # of `illustrate`
+    {
+        "examples": Check(
+            lambda value: (
+                isinstance(value, list) and all(isinstance(e, dict) and is_whole(e.get("image_id")) for e in value)
+            ),
+            "a list of objects, each with an image_id",
+        )
     }
 )
 
@@ -148,7 +169,7 @@ def read_cell(data: Path, model: str, codec: str, task: str, qualities: list[str
     losses = data / "losses" / place, data / "losses" / model / "uncoded.csv"
     test = read_curves(data / "coded" / place, *losses, qualities, task, "test")
     predicted = read_importance(importance, "test", test.image_ids)
-    examples = read_json(data / "illustrations" / place / f"{task}.json")
+    examples = read_json(data / "illustrations" / place / f"{task}.json", EXAMPLES)
     return Cell(points, resamples, fit, weights, mfip, pixels.reindex(SCALES).to_dict(), test, predicted, examples)
 
 
@@ -168,7 +189,7 @@ def read_pictures(folder: Path, places: Iterable[dict[str, str]], cells: dict[tu
 
 def read_bound(folder: Path) -> bound_tables.Study:
     """What `bound` wrote of one cell."""
-    return bound_tables.Study(
+    study = bound_tables.Study(
         *(
             _read(place / f"{name}.csv", columns)
             for place in (folder, folder / "mirrored")
@@ -177,12 +198,19 @@ def read_bound(folder: Path) -> bound_tables.Study:
         _read(folder / "additivity.csv", ADDITIVITY),
         _read(folder / "enumeration.csv", ENUMERATION),
     )
+    tables.check_cell(study.points, study.resamples, str(folder))
+    tables.check_cell(study.mirrored_points, study.mirrored_resamples, str(folder / "mirrored"))
+    return study
 
 
 def read_ablation(folder: Path) -> dict[str, pd.DataFrame]:
     """What `ablate` wrote of one cell: the tables of ABLATION."""
     study = {name: _read(folder / f"{name}.csv", columns) for name, columns in ABLATION.items()}
     tables.check_cell(study["points"], study["bootstrap"], str(folder))
+    if unknown := {*study["rows"]["method"], *study["rows"]["reference"]} - {*study["points"]["method"]}:
+        raise InputError(f"{folder}/rows.csv: {min(unknown)!r} is no method of points.csv; run ablate again")
+    tables.check_grid(study["sizes"], ["size"], ["quantity", "name"], folder / "sizes.csv")
+    tables.check_grid(study["rate_control"], ["asked"], ["method", "bits"], folder / "rate_control.csv")
     return study
 
 

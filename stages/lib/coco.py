@@ -106,7 +106,13 @@ def ground_truth(split: Split, task: str) -> COCO:
     if missing := chosen - images.keys():
         raise InputError(f"{path}: images: has no id {min(missing)}, which splits.json lists; run prepare again")
     annotations = [item for item in data["annotations"] if item["image_id"] in chosen]
-    _check_fields(path, "annotations", annotations, KEYPOINT_ANNOTATION if task == "keypoints" else ANNOTATION)
+    if task == "keypoints":
+        _check_fields(path, "annotations", annotations, KEYPOINT_ANNOTATION)
+        _check_keypoint_counts(path, annotations, len(data["categories"][0]["keypoints"]))
+    else:
+        _check_fields(path, "annotations", annotations, ANNOTATION)
+        for item in annotations:
+            _check_segmentation(path, item, images[item["image_id"]])
     coco = COCO()
     coco.dataset = {
         "images": [images[image_id] for image_id in split.image_ids],
@@ -226,12 +232,16 @@ def _check_keypoints(root: Path, folder: str, images: list[Item], chosen: dict[s
     by_id = {image["id"] for images in chosen.values() for image in images}
     annotations = [item for item in data["annotations"] if item["image_id"] in by_id]
     _check_fields(path, "annotations", annotations, KEYPOINT_ANNOTATION)
-    for item in annotations:
-        if len(item["keypoints"]) != 3 * count:
-            raise _bad(path, "annotations", item, "keypoints", f"its category has {count}: give {3 * count} numbers")
+    _check_keypoint_counts(path, annotations, count)
     _check_not_empty(
         path, chosen, (item["image_id"] for item in annotations if item["num_keypoints"] and not item["iscrowd"])
     )
+
+
+def _check_keypoint_counts(path: Path, annotations: Iterable[Item], count: int) -> None:
+    for item in annotations:
+        if len(item["keypoints"]) != 3 * count:
+            raise _bad(path, "annotations", item, "keypoints", f"its category has {count}: give {3 * count} numbers")
 
 
 def _check_segmentation(path: Path, item: Item, image: Item) -> None:

@@ -116,6 +116,11 @@ class Features:
         """One feature map [C, H, W], float32."""
         with open_h5(self._file[image_id], "extract") as file:
             stored = file[f"{image_id}/{scale}"]
+            if sizes_from(stored.parent.attrs["sizes"].tolist()) != self._sizes[image_id]:
+                raise InputError(
+                    f"{self.path}/index.csv: has other sizes of image {image_id} than {self._file[image_id]}; "
+                    "run `extract` again"
+                )
             values, ranged = stored[:].astype(np.float32), stored.attrs.get("range")
         return torch.from_numpy(values if ranged is None else values * ranged[1] + ranged[0])
 

@@ -27,6 +27,7 @@ from stages.lib.prediction import load as load_predictor
 
 ACCURACY_NAMES = {"detection": "box AP", "segmentation": "mask AP", "keypoints": "keypoint AP"}
 LOSSES = ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]
+UNCODED = ["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"]
 POINTS_PER_READ = 16  # of Matches: few reads, flat memory
 OF_DETECTIONS = ("image", "category", "score", "matched", "ignored")  # fields of Matches, with a row for each
 Pyramid = dict[str, Tensor]  # scale -> [N, C, H_s, W_s]
@@ -75,7 +76,7 @@ def uncoded_accuracies(
                 if not np.isnan(value):
                     key = task, features.split, image_id
                     rows += [(*key, s, value, utility, utility - u) for s, u in zip(SCALES, left, strict=True)]
-    return pd.DataFrame(rows, columns=["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"])
+    return pd.DataFrame(rows, columns=UNCODED)
 
 
 def single_scale_losses(
@@ -153,7 +154,22 @@ class Choices(NamedTuple):
     phi: dict[int, np.ndarray]  # image id -> quality of each scale [points, 5], SKIPPED where it is not sent
 
 
-def choices_of(allocation: pd.DataFrame) -> Choices:
+def read_allocation(file: Path, k: int) -> pd.DataFrame:
+    """What `allocate` wrote for k qualities; InputError that names the file where it does not say what is sent."""
+    table = read_csv(file, ["method", "point", "lambda_prime", "image_id", "scale", "phi"])
+    odd = ~table["phi"].isin(range(SKIPPED, k))
+    if odd.any():
+        line = int(odd.argmax())
+        raise InputError(
+            f"{file}: line {line + 2}: phi is {table['phi'][line]}: it must be a whole number from {SKIPPED} to "
+            f"{k - 1}; run allocate again"
+        )
+    choices_of(table, str(file))
+    return table
+
+
+def choices_of(allocation: pd.DataFrame, name: str = "allocation") -> Choices:
+    """Raises InputError, with the name, where an image lacks a scale in a point."""
     points = list(dict.fromkeys(zip(allocation["method"], allocation["point"], strict=True)))
     number = {point: i for i, point in enumerate(points)}
     ids = allocation["image_id"].unique()
@@ -169,7 +185,7 @@ def choices_of(allocation: pd.DataFrame) -> Choices:
     phi[at] = allocation["phi"].astype(int)
     for image, point, s in np.argwhere(phi == missing)[:1]:
         method = " ".join(map(str, points[point]))
-        raise InputError(f"allocation: image {ids[image]}, scale {SCALES[s]} has no phi in {method}; allocate again")
+        raise InputError(f"{name}: image {ids[image]}, scale {SCALES[s]} has no phi in {method}; allocate again")
     return Choices(points, {int(image_id): phi[i] for image_id, i in row.items()})
 
 
@@ -416,7 +432,7 @@ def bits_of(coded: Path, qualities: list[str], features: Features) -> dict[int, 
 
 def _lines(ledger: Path, features: Features, column: str) -> pd.DataFrame:
     """One column of the ledger for the features' split: a row for each image, a column for each scale."""
-    lines = read_csv(ledger)
+    lines = read_csv(ledger, ["split", "image_id", "scale", column])
     lines = lines[lines["split"] == features.split]
     wanted = [(image_id, scale) for image_id in features.image_ids for scale in SCALES]
     if sorted(zip(lines["image_id"], lines["scale"], strict=True)) != sorted(wanted):

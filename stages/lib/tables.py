@@ -6,6 +6,7 @@ The LaTeX needs the package booktabs only.
 import re
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -185,6 +186,9 @@ def feature_bd_rates(curves: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFram
 def check_cell(points: pd.DataFrame, resamples: pd.DataFrame, folder: str) -> None:
     """Every method's points are 0 .. P-1 and each has all resamples; raises InputError that names the folder."""
     remedy = "run evaluate again"
+    for column in ("task", "codec", "n_images", "accuracy_name", "split"):
+        if points[column].nunique() != 1:
+            raise InputError(f"{folder}/points.csv: not every row has the same {column}; {remedy}")
     for method, rows in points.groupby("method", sort=False):
         if sorted(rows["point"]) != list(range(len(rows))):
             raise InputError(f"{folder}/points.csv: the points of {method!r} are not 0, 1, 2, ..., each once; {remedy}")
@@ -198,6 +202,13 @@ def check_cell(points: pd.DataFrame, resamples: pd.DataFrame, folder: str) -> No
     if len(odd) or len(wanted) != len(there):
         named = f", first {odd[0]}" if len(odd) else ""
         raise InputError(f"{folder}/bootstrap.csv: not every method, point has each resample once{named}; {remedy}")
+
+
+def check_grid(frame: pd.DataFrame, rows: list[str], columns: list[str], file: Path) -> None:
+    """Raises InputError that names the file where not each of its `rows` has each of its `columns` once."""
+    counts = pd.crosstab(*([frame[name] for name in names] for names in (rows, columns)))
+    if not (counts == 1).all(axis=None):
+        raise InputError(f"{file}: not every {', '.join(rows)} has every {', '.join(columns)} once; run ablate again")
 
 
 def metrics(points: pd.DataFrame, bd: pd.DataFrame) -> dict:
