@@ -30,6 +30,7 @@ def table(found: pd.DataFrame, count: int, free_gb: float) -> str:
     shown.loc[len(shown)] = {
         "stage": "all",
         "runs": found["runs"].sum(),
+        "items": "",  # of one stage images, of another steps
         "disk_gb": found["disk_gb"].sum(),
         "peak_gb": found["peak_gb"].max(),
         "serial": serial.sum(),
@@ -37,7 +38,7 @@ def table(found: pd.DataFrame, count: int, free_gb: float) -> str:
     }
     headers = ["stage", "runs", "items", "disk, GB", "peak memory of a process, GB"]
     headers += ["hours, 1 worker", f"hours, {count} workers"]
-    rows = tabulate(shown.fillna("").to_numpy().tolist(), headers, floatfmt=".3f", intfmt=",")
+    rows = tabulate(shown.to_numpy().tolist(), headers, floatfmt=".3f", intfmt=",")
     return f"{rows}\n\nThe disk has {free_gb:.0f} GB free; where DVC's cache cannot link files, it needs them twice."
 
 

@@ -6,6 +6,7 @@ import sys
 from contextlib import chdir
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from pytest import approx
@@ -105,6 +106,19 @@ def test_hours_are_start_fixed_part_and_items_by_workers():
     serial, shared = (float(cell) for cell in line.split()[-2:])
     assert serial == approx((2 * (106 + 2800) + 376) / 3600, abs=1e-3)
     assert shared == approx((2 * (106 + 700) + 376) / 3600, abs=1e-3)
+
+
+def test_counts_are_printed_whole_and_hours_with_three_places():
+    numbers = {"disk_gb": 300.0, "peak_gb": 2.0, "start_h": 1.5, "of_items_h": 4.0}
+    stages = [{"stage": "extract", "runs": 3, "items": 16200}, {"stage": "report", "runs": 1, "items": 0}]
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in table(pd.DataFrame(stages).assign(**numbers), 4, 100).splitlines()
+        if line
+    }
+    assert rows["extract"] == ["3", "16,200", "300.000", "2.000", "5.500", "2.500"]
+    assert rows["report"] == ["1", "0", "300.000", "2.000", "5.500", "2.500"]
+    assert rows["all"] == ["4", "600.000", "2.000", "11.000", "5.000"]  # items of several stages are no sum
 
 
 # ---- samples

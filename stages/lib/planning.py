@@ -149,14 +149,18 @@ def run_sample(params: dict[str, Any], dvc_yaml: Path, wanted: Sequence[str] = (
 
     The folder lies where the profile does: its disk has space for features, and is the one whose speed counts.
     """
-    logging.getLogger("dvc").setLevel(logging.ERROR)  # it tells of the folder's new repository
     with TemporaryDirectory(prefix=".tmp-sample-", dir=Path()) as name:
-        folder = Path(name).resolve()
-        (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
-        (folder / "dvc.yaml").write_bytes(dvc_yaml.read_bytes())
-        stages = in_order(Repo.init(folder, no_scm=True), wanted)
-        title = f"sample of {params['prepare']['images']['test']} images, stages"
-        return [_run(stage, folder) for stage in progress(stages, title, len(stages))]
+        return run_stages(params, dvc_yaml, Path(name).resolve(), wanted)
+
+
+def run_stages(params: dict[str, Any], dvc_yaml: Path, folder: Path, wanted: Sequence[str] = ()) -> list[Run]:
+    """As `run_sample`, in an empty folder (an absolute path), which then holds all that the stages wrote."""
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # it tells of the folder's new repository
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    (folder / "dvc.yaml").write_bytes(dvc_yaml.read_bytes())
+    stages = in_order(Repo.init(folder, no_scm=True), wanted)
+    title = f"sample of {params['prepare']['images']['test']} images, stages"
+    return [_run(stage, folder) for stage in progress(stages, title, len(stages))]
 
 
 def in_order(repo: Repo, wanted: Sequence[str] = ()) -> list[Any]:
