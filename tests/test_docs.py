@@ -368,15 +368,6 @@ def test_two_runs_are_compared_by_the_commands_of_the_docs(tmp_path: Path) -> No
     """Those of docs/usage.md, but that only `prepare` runs, and one number of the metrics is changed by hand."""
     (block,) = (block for block in blocks(ROOT / "docs/usage.md", "sh") if "metrics diff" in block)
     run, *compare = (words for _, words in commands(block))
-    for name in ("stages", "profiles", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore", "reports/metrics.json"):
-        place = tmp_path / name
-        place.parent.mkdir(exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__", "data", "figures", "tables")
-            )
-        else:
-            shutil.copy(ROOT / name, place)
 
     def call(*words: str) -> str:
         author = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
@@ -386,19 +377,36 @@ def test_two_runs_are_compared_by_the_commands_of_the_docs(tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    for words in ("git init -q", "dvc init -q", "git add .", "git commit -qm baseline"):
+    for words in ("git init -q", "dvc init -q"):
+        call(*words.split())
+    copied = ("stages", "profiles", ".dvc/plots", "dvc.yaml", "params.yaml", ".dvcignore", ".gitignore")
+    for name in (*copied, "reports/metrics", "reports/rd_points.csv"):
+        place = tmp_path / name
+        place.parent.mkdir(exist_ok=True)
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "data", "figures", "tables")
+            shutil.copytree(ROOT / name, place, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, place)
+    for words in ("git add .", "git commit -qm baseline"):
         call(*words.split())
     call(*run, "prepare")
-    metrics = json.loads((tmp_path / "reports/metrics.json").read_text())
-    was = metrics["detection"]["elic"]["mfiba_skip"]["bd_rate"]
-    metrics["detection"]["elic"]["mfiba_skip"]["bd_rate"] = -12.25
-    (tmp_path / "reports/metrics.json").write_text(json.dumps(metrics))
-    params, numbers, table = (call(*words) for words in compare)
+    file = tmp_path / "reports/metrics/detection_elic.json"
+    metrics = json.loads(file.read_text())
+    was = metrics["mfiba_skip"]["bd_rate"]
+    metrics["mfiba_skip"]["bd_rate"] = -12.25
+    file.write_text(json.dumps(metrics))
+    params, cells, numbers, table, _ = (call(*words) for words in compare)
     assert re.search(r"tasks.detection.points +\| 7 +\| 6 ", params)
-    assert re.search(rf"detection.elic.mfiba_skip.bd_rate \| {was:.5f} +\| -12.25 ", numbers)
+    assert {line.split("|")[1].strip() for line in cells.splitlines() if ".json" in line} == {
+        f"reports/metrics/{path.name}" for path in (ROOT / "reports/metrics").iterdir()
+    }
+    assert re.search(rf"mfiba_skip.bd_rate +\| {was:.5g}\d* +\| -12.25 ", numbers)
     rows = [re.split(r" *\| *", line) for line in table.splitlines() if "|" in line]
     assert [row[-2] for row in rows if "points-6" in row[1]] == ["6"]
     assert any(f"{was:.3f}" in row for row in rows) and any("-12.25" in row for row in rows)
+    drawn = (tmp_path / "dvc_plots/index.html").read_text()
+    assert '"facet"' in drawn and '"rev": "HEAD"' in drawn and '"rev": "workspace"' in drawn
 
 
 # ---------------------------------------------------------------- examples
