@@ -242,7 +242,7 @@ def test_the_readme_describes_every_stage_and_only_files_that_exist() -> None:
 
 UNTESTED = "**No test runs the commands of this page**"
 NEEDS = re.compile(r"^# needs ", re.MULTILINE)  # first line of a block that no test can run
-PLAIN = {"cd", "cp", "git", "ruff", ".", "python -m venv", "python -m tests.test_docs"}
+PLAIN = {"cd", "cp", "git", "mypy", "ruff", ".", "python -m venv", "python -m tests.test_docs"}
 PARAMS = {folder: yaml.safe_load((ROOT / folder / "params.yaml").read_text()) for folder in ("", "profiles/smoke")}
 PARAMS |= {
     f"profiles/{name}": yaml.safe_load((ROOT / f"profiles/{name}/params.yaml").read_text())
