@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from pytest import approx
-from test_report import PIXELS, ledger
+from reported import PIXELS, ledger
 
 from stages.lib import comparing
 from stages.lib.bd_rate import Curve, bd_rate

@@ -4,25 +4,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import coded_shapes
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from coded_shapes import QUALITIES, Seer, clean_pyramids, decoded_pyramids, found_in
 from PIL import Image, ImageDraw
 from pytest import approx
-from test_measuring import (  # noqa: F401
-    QUALITIES,
-    Seer,
-    clean_pyramids,
-    coded,
-    decoded_pyramids,
-    feature_codec,
-    features,
-    found_in,
-    image_ids,
-    predictor,
-    root,
-)
 
 from stages.lib import evaluating, examples, measuring
 from stages.lib.accuracy import match
@@ -34,6 +23,10 @@ from stages.lib.files import write_csv
 from stages.lib.loss_rate import fit_scales, read_curves
 from stages.lib.measuring import decoder, single_scale_losses, truths, uncoded_accuracies
 from stages.lib.params import SCALES, SKIPPED
+
+root, image_ids, features = coded_shapes.root, coded_shapes.image_ids, coded_shapes.features  # fixtures
+predictor, feature_codec, coded = coded_shapes.predictor, coded_shapes.feature_codec, coded_shapes.coded
+
 
 # ---------------------------------------------------------------- the rule
 
@@ -113,7 +106,7 @@ TASKS = ("detection", "keypoints")
 
 
 @pytest.fixture(scope="module")
-def seer(root, features) -> Iterator[Seer]:  # noqa: F811
+def seer(root, features) -> Iterator[Seer]:
     with pytest.MonkeyPatch.context() as patch:
         found = Seer(root, features)
         for module in (evaluating, measuring):
@@ -122,7 +115,7 @@ def seer(root, features) -> Iterator[Seer]:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def shown(seer, features, feature_codec, predictor, coded, tmp_path_factory):  # noqa: F811
+def shown(seer, features, feature_codec, predictor, coded, tmp_path_factory):
     """`illustrate` of all images that have objects, and what it was given."""
     tmp_path = tmp_path_factory.mktemp("losses")
     truth = truths({task: seer.coco[task] for task in TASKS})
@@ -154,7 +147,7 @@ def test_examples_are_ranked_by_their_own_saving(shown) -> None:
         assert [e["kind"] for e in found["examples"]] == [k for k in KINDS for _ in range(len(rows) // 3)]
 
 
-def test_the_bits_of_both_are_those_of_their_records_and_the_methods_are_never_more(shown, features, coded) -> None:  # noqa: F811
+def test_the_bits_of_both_are_those_of_their_records_and_the_methods_are_never_more(shown, features, coded) -> None:
     bits, skipped, differ = bits_of(coded, list(QUALITIES), features), 0, 0
     for found in shown[0].values():
         for example in found["examples"]:
@@ -169,19 +162,14 @@ def test_the_bits_of_both_are_those_of_their_records_and_the_methods_are_never_m
     assert skipped and differ
 
 
-def test_bits_of_the_ranking_are_those_of_whole_files(shown, features, coded) -> None:  # noqa: F811
+def test_bits_of_the_ranking_are_those_of_whole_files(shown, features, coded) -> None:
     anchor, _ = examples.all_choices(shown[1]["detection"], 1)
     sent = [bits.sum(0) + 8 * FRAME_BYTES for _, bits in sorted(bits_of(coded, list(QUALITIES), features).items())]
     assert anchor.bits.tolist() == np.array(sent).tolist()
 
 
 def test_detections_and_losses_are_those_of_the_decoded_pyramids(
-    shown,
-    seer,
-    features,  # noqa: F811
-    feature_codec,  # noqa: F811
-    predictor,  # noqa: F811
-    coded,  # noqa: F811
+    shown, seer, features, feature_codec, predictor, coded
 ) -> None:
     clean = clean_pyramids(features)
     decoded = [decoded_pyramids(coded / quality, features, feature_codec) for quality in QUALITIES]

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from pytest import approx
-from test_report import CELLS, RATES, TEST, ledger, write_profile
+from reported import CELLS, RATES, TEST, ledger, write_profile
 
 from stages import report
 from stages.lib import figures, page

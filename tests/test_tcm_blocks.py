@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_tcm import WINDOW, attention, noise
+from tcm_parts import WINDOW, attention, noise
 from torch import Tensor, nn
 
 from stages.lib.tcm import SwinAttention, TcmBlock, swin
