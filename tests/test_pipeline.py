@@ -142,6 +142,34 @@ def test_a_second_run_from_scratch_gives_the_same_bytes(smoke: Path) -> None:
     assert _hashes(before) == _hashes((smoke / "dvc.lock").read_text())
 
 
+def test_a_plan_from_a_few_images_tells_the_disk_that_the_run_took(
+    smoke: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from stages.lib import measuring  # noqa: F401  its imports are made before the samples are forked
+    from stages.lib.params import load_params
+    from stages.lib.planning import planned, run_sample, sampled
+
+    monkeypatch.chdir(smoke)
+    params = load_params()
+    samples = [sampled(params, few) for few in (4, 8)]  # of 16 images of fit, 10 of test
+    wanted = [
+        f"{stage}@small-elic{quality}" for stage, quality in (("compress", "-q1"), ("compress", "-q2"), ("measure", ""))
+    ]
+    with capsys.disabled():
+        runs = [run_sample(sample, Path("dvc.yaml"), wanted) for sample in samples]
+    found = planned(params, samples, runs, start=0).set_index("stage")
+    took = {
+        "prepare": "data/dataset",
+        "extract": "data/features/small",
+        "compress": "data/coded/small/elic",
+        "measure_uncoded": "data/losses/small/uncoded.csv",
+        "measure": "data/losses/small/elic",
+    }
+    for stage, out in took.items():
+        files = [path for path in (smoke / out, *(smoke / out).rglob("*")) if path.is_file()]
+        assert found.loc[stage, "disk_gb"] * 1e9 == pytest.approx(sum(p.stat().st_size for p in files), rel=0.15), stage
+
+
 def test_a_killed_stage_leaves_nothing_and_a_rerun_ends_with_the_same_result(smoke: Path) -> None:
     before = (smoke / "dvc.lock").read_text()
     target = "measure@small-elic"
