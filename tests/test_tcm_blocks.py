@@ -5,6 +5,7 @@ import torch
 from tcm_parts import WINDOW, attention, noise
 from torch import Tensor, nn
 
+from stages.lib import tcm
 from stages.lib.tcm import SwinAttention, TcmBlock, swin
 
 
@@ -17,9 +18,11 @@ def changed_by(module: nn.Module, shape: tuple[int, ...], position: tuple[int, .
         return ((module(x) - module(other)).abs() > 1e-7)[0]
 
 
+@pytest.mark.parametrize("windows", [1, 3, 100])
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("size", [(8, 8), (4, 12), (7, 10), (9, 3), (4, 4), (2, 1)])
-def test_window_attention_is_attention_among_positions_between_the_same_borders(size, shift):
+def test_window_attention_is_attention_among_positions_between_the_same_borders(size, shift, windows, monkeypatch):
+    monkeypatch.setattr(tcm, "PART", 2 * WINDOW**2 * windows)  # that are attended to at a time
     layer, x = attention(shift), noise(2, *size, 8)
     bias, same = 0, True
     for axis, (n, stride) in enumerate(zip(size, (2 * WINDOW - 1, 1), strict=True)):
@@ -47,6 +50,14 @@ def test_padding_is_not_seen():
     layer, x = attention(0), noise(1, 6, 7, 8)
     parts = [[layer(x[:, i : i + 4, j : j + 4]) for j in (0, 4)] for i in (0, 4)]  # 4x4, 4x3, 2x4, 2x3
     assert torch.allclose(layer(x), torch.cat([torch.cat(row, 2) for row in parts], 1), atol=1e-6)
+
+
+def test_a_map_in_parts_becomes_the_same(monkeypatch):
+    blocks, x = swin(8, 4, WINDOW, [False, True]), noise(2, 8, 9, 14)
+    whole = blocks(x)
+    for rows in (1, 2, 4):
+        monkeypatch.setattr(tcm, "PART", 2 * 14 * rows)
+        assert torch.allclose(blocks(x), whole, atol=1e-6)
 
 
 def test_the_position_bias_knows_distances_only():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from torchvision.ops import Permute
 
 from stages.lib.learned import Code, packet
 
+PART = 2**16  # positions of maps whose attention and hidden layers are in memory at a time: large maps have millions
 SLICE_HEAD_DIM = 16  # of the attention in front of a slice's mean and scale, at every width
 
 
@@ -49,7 +51,7 @@ class WindowAttention(ShiftedWindowAttention):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> the same shape, for any H and W."""
         _, height, width, _ = x.shape
-        size, heads = self.window_size[0], self.num_heads
+        size = self.window_size[0]
         # A shift moves the borders between windows, and one window has none.
         shifts = [shift if n > size else 0 for shift, n in zip(self.shift_size, (height, width), strict=True)]
         right, down = -width % size, -height % size
@@ -59,20 +61,35 @@ class WindowAttention(ShiftedWindowAttention):
             x = x.roll([-shift for shift in shifts], (1, 2))
         rows = x.shape[1] // size
         x = _windows(x, size)  # [B, n, L, C]: n windows, L = size^2
-        bias = self.get_relative_position_bias().expand(x.shape[1], -1, -1, -1)  # [n, heads, L, L]
-        if right or down or any(shifts):
-            region = _regions((height, width), tuple(shifts), size, x.device)
-            bias = bias.masked_fill(region != region.mT, -torch.inf)
-
-        kind = torch.float32 if x.is_cpu else x.dtype  # on a CPU attention takes twice as long in bfloat16
-        qkv = self.qkv(x).to(kind).unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)
-        q, k, v = qkv.flatten(2, 3)  # [B, n heads, L, C / heads]
-        attended = functional.scaled_dot_product_attention(q, k, v, bias.to(kind).flatten(0, 1)[None]).to(x.dtype)
-        x = self.proj(attended.unflatten(1, (-1, heads)).transpose(2, 3).flatten(3))  # [B, n, L, C]
+        step = max(1, PART // (len(x) * size**2))
+        masked = right or down or any(shifts)
+        regions = _regions((height, width), tuple(shifts), size, x.device).split(step) if masked else repeat(None)
+        x = torch.cat([self._attended(*part) for part in zip(x.split(step, 1), regions, strict=False)], 1)
         x = x.unflatten(2, (size, size)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         if any(shifts):
             x = x.roll(shifts, (1, 2))
         return x[:, :height, :width]
+
+    def _attended(self, x: Tensor, region: Tensor | None) -> Tensor:
+        """Windows [B, n, L, C] -> the same shape; a position sees those of its window's that have its `region`
+        [n, 1, L, 1] (None: all)."""
+        bias = self.get_relative_position_bias()  # [1, heads, L, L]
+        if region is not None:
+            bias = bias.masked_fill(region != region.mT, -torch.inf).expand(len(x), -1, -1, -1, -1).flatten(0, 1)
+        kind = torch.float32 if x.is_cpu else x.dtype  # on a CPU attention takes twice as long in bfloat16
+        qkv = self.qkv(x).to(kind).flatten(0, 1).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B n, heads, L, C / heads]
+        attended = functional.scaled_dot_product_attention(q, k, v, bias.to(kind)).to(x.dtype)
+        return self.proj(attended.transpose(1, 2).flatten(2)).view_as(x)
+
+
+class SwinBlock(SwinTransformerBlock):
+    """torchvision's; the hidden layer, four times as wide as the map, is there for a part of it at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        parts = x.split(max(1, PART // (len(x) * x.shape[2])), 1)
+        return torch.cat([part + self.mlp(self.norm2(part)) for part in parts], 1)
 
 
 @functools.lru_cache
@@ -102,7 +119,7 @@ def swin(dim: int, head_dim: int, window: int, shifted: list[bool]) -> nn.Sequen
     if dim % head_dim:
         raise ValueError(f"{dim} channels do not divide into heads of {head_dim}; choose a multiple")
     blocks = [
-        SwinTransformerBlock(dim, dim // head_dim, [window] * 2, [window // 2 * s] * 2, attn_layer=WindowAttention)
+        SwinBlock(dim, dim // head_dim, [window] * 2, [window // 2 * s] * 2, attn_layer=WindowAttention)
         for s in shifted
     ]
     return nn.Sequential(Permute([0, 2, 3, 1]), *blocks, Permute([0, 3, 1, 2]))
