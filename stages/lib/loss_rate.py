@@ -220,7 +220,8 @@ def fit_scales(curves: Curves, precode: int) -> dict:
         for model in ("power", "upstream", "rate_phi"):
             fit = out[model][scale]
             if fit["flags"]:
-                warnings.warn(f"{model} fit of scale {scale!r} is doubtful: {fit}", stacklevel=2)
+                flags, r2 = ", ".join(fit["flags"]), fit["r2"]
+                warnings.warn(f"{model} fit of scale {scale!r} is doubtful: {flags} (r2 {r2})", stacklevel=2)
     return out
 
 

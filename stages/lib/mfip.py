@@ -213,7 +213,8 @@ def train(
         "sensitivity": dict(zip(SCALES, sense.report, strict=True)),
     }
     if flags:
-        warnings.warn(f"MFIP learned nothing beyond the mean weight: {report}", stacklevel=2)
+        why = f"{', '.join(flags)}; {n} labelled images"
+        warnings.warn(f"MFIP learned nothing beyond the mean weight: {why}", stacklevel=2)
     return Trained(model, report, image_ids, weights.numpy(), sensitivity.numpy())
 
 
