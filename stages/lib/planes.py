@@ -91,7 +91,7 @@ def pack(features: Tensor, scale: str, packing: Packing) -> tuple[Tensor, Range]
     c = packing.plane_channels
     rows, columns, down, right = layout(channels, packing)
     span = value_range.high - value_range.low or 1.0
-    plane = features.new_zeros(c * rows * columns * down * right, height, width)
+    plane = features.new_full((c * rows * columns * down * right, height, width), 0.5)  # where there is no channel
     plane[:channels] = (features - value_range.low) / span
     plane = plane.view(rows, columns, down, right, c, height, width).permute(4, 0, 5, 2, 1, 6, 3)
     return plane.reshape(plane_shape(channels, height, width, packing)), value_range
