@@ -1,0 +1,205 @@
+"""The tables of README.md and docs/, and what their text says of them, are those of the reports.
+
+python -m tests.test_doc_tables   writes what is between `<!-- table: NAME -->` and `<!-- end -->` again, from reports/
+"""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from stages.lib.comparing import LABEL_AWARE
+from stages.lib.tables import bracketed
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITE_AGAIN = "`python -m tests.test_doc_tables` writes the tables again; then see to the text around them"
+TASKS = ["detection", "segmentation", "keypoints"]
+SHOWN = {  # methods of the tables of results, and what they are
+    "mfiba_skip": "predicted sensitivities, one precoding; may skip a scale",
+    "static_skip": "fixed qualities, the best on `fit`; may skip a scale",
+    "mfiba": "predicted sensitivities, one precoding",
+    "static": "fixed qualities, the best on `fit`",
+    "mfiba_closed_form": "the paper's closed form, predicted weights",
+    "upstream_predicted": "the authors' algorithm, predicted weights",
+    "upstream_measured": "the authors' algorithm, measured weights",
+    "oracle": "measured losses of the image",
+    "oracle_skip": "the same; may skip a scale",
+}
+PAIRS = {
+    "mfiba_skip": ("static_skip", "mfiba", "oracle_skip"),
+    "mfiba": ("static", "upstream_measured", "oracle"),
+}
+Rows = list[list[str]]  # cells; the first row is the header
+
+
+def read(path: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / path, dtype={"scale": str}, keep_default_na=False, na_values=[""])
+
+
+def cell(row: pd.Series) -> str:
+    return bracketed(row["bd_rate_pchip"], row["ci_low"], row["ci_high"]) + ("" if pd.isna(row["flags"]) else " †")
+
+
+def named(method: str, sees_labels: bool) -> str:
+    return f"`{method}`" + (r" \*" if sees_labels else "")
+
+
+def of_method(found: pd.DataFrame, method: str) -> list[str]:
+    """Rows like those of bd_rate.csv, of one codec -> a cell for each task."""
+    rows = found[found["method"] == method].set_index("task")
+    return [cell(rows.loc[task]) for task in TASKS]
+
+
+def uncoded(codec: str) -> list[str]:
+    points = read("reports/rd_points.csv")
+    found = points[(points["method"] == "none") & (points["codec"] == codec)].set_index("task")
+    return [f"{found.loc[task, 'accuracy_name']} {found.loc[task, 'accuracy']:.3f}" for task in TASKS]
+
+
+def results() -> Rows:
+    bd = read("reports/bd_rate.csv").query("codec == 'elic'")
+    table = [["method", "qualities are chosen by", *TASKS]]
+    table += [[named(m, m in LABEL_AWARE), what, *of_method(bd, m)] for m, what in SHOWN.items()]
+    return [*table, ["uncoded", "", *uncoded("elic")]]
+
+
+def methods() -> Rows:
+    bd = read("reports/bd_rate.csv")
+    table = [["method", "codec", *TASKS]]
+    for method in SHOWN:
+        for codec, found in bd.groupby("codec", sort=False):
+            table.append([named(method, method in LABEL_AWARE), codec, *of_method(found, method)])
+    return [*table, ["uncoded", "", *uncoded(codec)]]
+
+
+def paired() -> Rows:
+    found = read("reports/paired.csv").set_index(["method", "other", "codec", "task"])
+    table = [["difference", "codec", *TASKS]]
+    for method, others in PAIRS.items():
+        for other, codec in itertools.product(others, found.index.unique("codec")):
+            rows = [found.loc[(method, other, codec, task)] for task in TASKS]
+            table.append([f"`{method}` minus {named(other, other in LABEL_AWARE)}", codec])
+            table[-1] += [bracketed(row["difference"], row["ci_low"], row["ci_high"]) for row in rows]
+    return table
+
+
+def codecs() -> Rows:
+    found = read("reports/codec_bd_rate.csv").set_index(["codec", "task"])
+    table = [["against `hevc`", *TASKS]]
+    return table + [[f"`{c}`", *(cell(found.loc[(c, task)]) for task in TASKS)] for c in found.index.unique("codec")]
+
+
+def codec_features() -> Rows:
+    found = read("reports/codec_feature_bd_rate.csv").set_index(["codec", "scale"])
+    scales = list(found.index.unique("scale"))
+    table = [["against `hevc`", *(f"scale {scale}" for scale in scales)]]
+    for codec in found.index.unique("codec"):
+        rows = [found.loc[(codec, scale)] for scale in scales]
+        table.append([f"`{codec}`"])
+        table[-1] += [f"{row['bd_rate_pchip']:.1f}" + ("" if pd.isna(row["flags"]) else " †") for row in rows]
+    return table
+
+
+def ablation() -> Rows:
+    found = read("profiles/study/reports/ablation.csv")
+    table = [["variant", "what it is", *TASKS]]
+    for part, of_part in found.groupby("part", sort=False):
+        table.append([f"**{part}**", "", *([""] * len(TASKS))])
+        for row in of_part.drop_duplicates("method").itertuples():
+            table.append([named(row.method, row.sees_labels), row.description, *of_method(of_part, row.method)])
+    return table
+
+
+def speed() -> Rows:
+    report = json.loads((ROOT / "reports/benchmark.json").read_text())
+    cases = [case for case in report["cases"] if case["size"] == "default" and "note" not in case]
+    found = {
+        "compress, to network + entropy coder alone": lambda case: case["of_limit"],
+        "compress, then decompress, to a plain loop": lambda case: case["times_plain"],
+        "entropy coding, to compressai's, string by string": lambda case: case["entropy_coding_by_plane"]["ratio"][
+            "both"
+        ],
+        "the same, all numbers as one string": lambda case: case["entropy_coding"]["ratio"]["both"],
+        "entropy coding on all cores, to as many times one": lambda case: case["all_cores"]["of_linear"],
+    }
+    table = [["times", *(f"`{case['codec']}`" for case in cases)]]
+    return table + [[name, *(f"{value(case):.2f}" for case in cases)] for name, value in found.items()]
+
+
+def metrics() -> Rows:
+    """Some rows and columns of what `dvc metrics show --md reports/metrics` prints."""
+    methods = ("mfiba", "mfiba_skip", "static", "static_skip")
+    table = [["Path", *(f"{method}.bd_rate" for method in methods), "uncoded_accuracy"]]
+    for path in sorted(ROOT.glob("reports/metrics/*_elic.json")):
+        found = json.loads(path.read_text())
+        values = [*(found[method]["bd_rate"] for method in methods), found["uncoded_accuracy"]]
+        table.append([path.relative_to(ROOT).as_posix(), *(str(round(value, 5)) for value in values)])
+    return table
+
+
+TABLES = {  # name -> its rows, and how many of its columns hold text
+    "results": (results, 2),
+    "methods": (methods, 2),
+    "paired": (paired, 2),
+    "codecs": (codecs, 1),
+    "codec_features": (codec_features, 1),
+    "ablation": (ablation, 2),
+    "speed": (speed, 1),
+    "metrics": (metrics, 1),
+}
+SLOT = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
+SLOTS = [(path, match[1]) for path in DOCUMENTS for match in SLOT.finditer(path.read_text(encoding="utf-8"))]
+
+
+def markdown(name: str) -> str:
+    table, texts = TABLES[name]
+    head, *rows = table()
+    rule = [":--"] * texts + ["--:"] * (len(head) - texts)
+    return "".join(f"| {' | '.join(row)} |\n".replace("|  ", "| ") for row in (head, rule, *rows))
+
+
+def write_tables() -> None:
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        slots = SLOT.sub(lambda m: f"<!-- table: {m[1]} -->\n{markdown(m[1])}<!-- end -->", text)
+        path.write_text(slots, encoding="utf-8")
+
+
+@pytest.mark.parametrize(("path", "name"), SLOTS, ids=[f"{path.name}-{name}" for path, name in SLOTS])
+def test_a_table_has_the_numbers_of_the_reports(path: Path, name: str) -> None:
+    shown = next(match[2] for match in SLOT.finditer(path.read_text(encoding="utf-8")) if match[1] == name)
+    wanted = markdown(name)
+    for line, right in itertools.zip_longest(shown.splitlines(), wanted.splitlines(), fillvalue=""):
+        cells = itertools.zip_longest(line.split(" | "), right.split(" | "), fillvalue="")
+        for number, (is_there, should) in enumerate(cells):
+            assert is_there == should, f"{path.name}, {name}, row {line[:40]!r}, column {number + 1}; {WRITE_AGAIN}"
+
+
+CLAIMS = [  # text with two whole numbers -> table of differences, or of BD-rates, and the rows it is about
+    (r"`?mfiba_skip`? saves (\d+) to (\d+) % in every cell", "bd_rate", {"method": "mfiba_skip"}),
+    (r"saves (\d+) to (\d+) % of the bits at equal accuracy", "bd_rate", {"method": "mfiba_skip"}),
+    (r"which sends all scales, (\d+) to (\d+) %", "bd_rate", {"method": "mfiba"}),
+    (r"takes (\d+) to (\d+) points more\s+off\s+the bits", "paired", {"method": "mfiba_skip", "other": "mfiba"}),
+    (r"brings (\d+) to (\d+) points more with skipping", "paired", {"method": "mfiba_skip", "other": "static_skip"}),
+    (r"more with skipping, (\d+) to (\d+) without", "paired", {"method": "mfiba", "other": "static"}),
+]
+
+
+@pytest.mark.parametrize(("claim", "table", "rows"), CLAIMS, ids=[claim for claim, *_ in CLAIMS])
+def test_a_claim_covers_the_numbers_of_the_reports(claim: str, table: str, rows: dict[str, str]) -> None:
+    found = read(f"reports/{table}.csv")
+    for column, value in rows.items():
+        found = found[found[column] == value]
+    savings = -found["bd_rate_pchip" if table == "bd_rate" else "difference"]
+    places = [(path, m) for path in DOCUMENTS for m in re.finditer(claim, path.read_text(encoding="utf-8"))]
+    assert places, f"no document claims: {claim}"
+    for path, said in places:
+        assert (int(said[1]), int(said[2])) == (round(savings.min()), round(savings.max())), f"{path.name}: {said[0]}"
+
+
+if __name__ == "__main__":
+    write_tables()
