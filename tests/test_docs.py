@@ -73,14 +73,23 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(block: str) -> Iterator[tuple[str, list[str]]]:
-    """Folder, words of each command of a block that starts in the root; without heredocs, assignments and comments."""
+    """Folder, words of each command of a block that starts in the root; without heredocs, assignments and comments.
+
+    What a loop of several lines repeats comes once for each value.
+    """
     folder = ""
     text = re.sub(r"<<(\w+)\n.*?^\1\n", "\n", block, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^for (\w+) in (.*); do\n(.*?)^done$", _repeated, text, flags=re.DOTALL | re.MULTILINE)
     for words in map(_words, re.split(r"\n|&&|\|\|", text.replace("\\\n", " "))):
         if words[:1] == ["cd"]:
             folder = str(Path(folder) / words[1])
         elif words:
             yield folder, words
+
+
+def _repeated(loop: re.Match) -> str:
+    name, values, body = loop.groups()
+    return "".join(body.replace(f"${name}", value) for value in values.split())
 
 
 def _words(line: str) -> list[str]:
