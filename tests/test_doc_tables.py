@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -115,8 +116,7 @@ def ablation() -> Rows:
 
 
 def speed() -> Rows:
-    report = json.loads((ROOT / "reports/benchmark.json").read_text())
-    cases = [case for case in report["cases"] if case["size"] == "default" and "note" not in case]
+    cases = [case for case in benchmark("cases") if case["size"] == "default" and "note" not in case]
     found = {
         "compress, to network + entropy coder alone": lambda case: case["of_limit"],
         "compress, then decompress, to a plain loop": lambda case: case["times_plain"],
@@ -128,6 +128,41 @@ def speed() -> Rows:
     }
     table = [["times", *(f"`{case['codec']}`" for case in cases)]]
     return table + [[name, *(f"{value(case):.2f}" for case in cases)] for name, value in found.items()]
+
+
+def benchmark(section: str) -> Any:
+    return json.loads((ROOT / "reports/benchmark.json").read_text())[section]
+
+
+def one_image() -> Rows:
+    steps = ("backbone", "precoding", "MFIP", "allocation", "coding")
+    table = [["cell", "qualities", *steps, "sender", "decoding", "heads"]]
+    for case in benchmark("online"):
+        for way, sent in case["sender"]["seconds"].items():
+            got = case["receiver"]["seconds"][way]
+            shown = [*(sent.get(step) for step in steps), sum(sent.values()), got["decoding"], got["heads"]]
+            table.append([f"`{case['cell']}`", way, *("" if value is None else f"{value:.3f}" for value in shown)])
+    return table
+
+
+def measuring() -> Rows:
+    table = [["detector", "images", "`measure`", "plain loop", "times as fast", "equal results"]]
+    for case in benchmark("measuring"):
+        if "note" not in case:
+            ours, plain = case["seconds"]["ours"], case["seconds"]["plain"]
+            table.append([f"`{case['detector']}`", str(case["images"]), f"{ours:.1f} s", f"{plain:.1f} s"])
+            table[-1] += [f"{case['times_plain']:.1f}", f"{case['equal']:.2%}"]
+    return table
+
+
+def growth() -> Rows:
+    few, *_, many = benchmark("growth")["times"]
+    table = [["stage", "images", "CPU seconds", f"{many} x to {few} x", "peak, MiB", f"{many} x to {few} x"]]
+    for stage in benchmark("growth")["stages"]:
+        table.append([f"`{stage['stage']}`", ", ".join(f"{value:.0f}" for value in stage["items"])])
+        for name, digits in (("cpu_seconds", 1), ("peak_mib", 0)):
+            table[-1] += [", ".join(f"{value:.{digits}f}" for value in stage[name]), f"{stage['ratio'][name]:.2f}"]
+    return table
 
 
 def metrics() -> Rows:
@@ -149,6 +184,9 @@ TABLES = {  # name -> its rows, and how many of its columns hold text
     "codec_features": (codec_features, 1),
     "ablation": (ablation, 2),
     "speed": (speed, 1),
+    "one_image": (one_image, 2),
+    "measuring": (measuring, 1),
+    "growth": (growth, 1),
     "metrics": (metrics, 1),
 }
 SLOT = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
