@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from test_pipeline import files
 
 from stages.lib.coco import ground_truth, image_path, load_split
 from stages.lib.files import read_json
@@ -36,10 +37,6 @@ def write_profile(folder: Path, images: tuple[int, int, int] = (2, 2, 2), **prep
 def prepare(profile: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = COMMAND + list(words or ["data/dataset"])
     return subprocess.run(command, cwd=profile, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_shapes_are_generated_with_their_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
