@@ -1,6 +1,7 @@
 """Shards go to other processes or machines; what comes back depends on none of them, and what is done stays done."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -185,6 +187,20 @@ def test_out_of_memory_is_told_with_a_remedy(monkeypatch, error, count):
 
     with pytest.raises(InputError, match="work: out of memory.*WORKERS"):
         map_in_memory(lambda: fail, [0], "work")
+
+
+@pytest.mark.parametrize("ask", [torch.ones, np.ones, bytearray])
+def test_a_worker_that_gets_no_more_memory_says_so(monkeypatch, ask):
+    monkeypatch.setenv("WORKERS", "1")
+
+    def need_more(_: int) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 2**24
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        ask(2**30)
+
+    with pytest.raises(InputError, match="work: out of memory.*WORKERS"):
+        map_in_memory(lambda: need_more, [0], "work")
 
 
 def test_other_errors_stay_what_they_are(monkeypatch):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stages.lib.schema import InputError
+from stages.lib.schema import InputError, is_out_of_memory
 
 OUTPUTS = ("out", "ledger", "reports", "picture")  # parameters of a stage that are written; its other paths are read
 
@@ -38,6 +38,10 @@ def attempt(main: Callable[..., None], given: dict[str, Any], folders: bool) -> 
         main(**given)
     except InputError as error:
         sys.exit(_fail(str(error)))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(_fail(f"out of memory ({error}); close other programs, or lower models.*.image_size or batch"))
     except OSError as error:
         remedy = "give another path, or see to this one"
         sys.exit(_fail(f"{error.filename}: {error.strerror}; {remedy}" if error.filename else str(error)))

@@ -7,12 +7,18 @@ from reprlib import Repr
 from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1  # of the whole numbers that count or measure something
+NO_MEMORY = "can't allocate memory", "std::bad_alloc", "could not create a primitive", "CUDA out of memory"
 SHORT = Repr()  # of a value in a message; a file can hold one that is too long to print, or endless
 SHORT.maxstring = SHORT.maxother = 100
 
 
 class InputError(ValueError):
     """Bad input: one line that names the file or key, the value and the remedy."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, which torch tells by its words alone: of a CPU, of oneDNN, of a GPU."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 class Check(NamedTuple):

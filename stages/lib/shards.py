@@ -33,7 +33,7 @@ import torch
 from stages.lib.files import atomic, disk_check
 from stages.lib.models import DEVICE
 from stages.lib.progress import progress
-from stages.lib.schema import InputError
+from stages.lib.schema import InputError, is_out_of_memory
 
 if TYPE_CHECKING:
     from stages.lib.features import Shard
@@ -149,7 +149,7 @@ def execute(load: Load[Item, Result], items: Sequence[Item], name: str) -> Itera
         else:
             yield from _here(load, items)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         remedy = "what is finished is kept; run the stage again with fewer WORKERS, or lower models.*.image_size"
         raise InputError(f"{name}: out of memory ({error}); {remedy}") from None
