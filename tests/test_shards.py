@@ -1,5 +1,7 @@
 """Shards go to other processes or machines; what comes back depends on none of them, and what is done stays done."""
 
+import errno
+import multiprocessing
 import os
 import resource
 import signal
@@ -201,6 +203,22 @@ def test_a_worker_that_gets_no_more_memory_says_so(monkeypatch, ask):
 
     with pytest.raises(InputError, match="work: out of memory.*WORKERS"):
         map_in_memory(lambda: need_more, [0], "work")
+
+
+@pytest.mark.parametrize("begun", [0, 1, 2])
+def test_a_machine_that_begins_no_more_processes_says_so(monkeypatch, begun):
+    fork, left = os.fork, iter(range(begun))
+
+    def fork_or_fail() -> int:
+        if next(left, None) is None:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setenv("WORKERS", "3")
+    monkeypatch.setattr(os, "fork", fork_or_fail)
+    with pytest.raises(InputError, match="work: no 3 processes can be begun here .*WORKERS=1"):
+        map_in_memory(lambda: lambda item: item, range(5), "work")
+    assert not multiprocessing.active_children()
 
 
 def test_other_errors_stay_what_they_are(monkeypatch):

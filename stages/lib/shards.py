@@ -185,7 +185,14 @@ def _in_processes(
     context = multiprocessing.get_context("fork" if DEVICE.type == "cpu" else "spawn")
     numbers = context.Value("i", 0)
     with ProcessPoolExecutor(count, context, _start, (load, os.getpid(), numbers)) as pool:
-        futures: dict[Future[Result], Item] = {pool.submit(_run, item): item for item in items}
+        try:
+            futures: dict[Future[Result], Item] = {pool.submit(_run, item): item for item in items}
+        except OSError as error:
+            for process in multiprocessing.active_children():  # the pool would wait for those that it could begin
+                process.kill()
+                process.join()
+            remedy = f"run it again, with WORKERS={count // 2}"
+            raise InputError(f"{name}: no {count} processes can be begun here ({error.strerror}); {remedy}") from None
         done = 0
         try:
             for future in as_completed(futures):
