@@ -45,12 +45,12 @@ def main(
     of_fit, of_test = Features(features, "fit"), Features(features, "test")
     detector, model = load_model(weights, params["models"][model_name]), read_fit(loss_rate, len(qualities))
     of_split = partial(read_importance, importance / f"{task}.csv")
-    predicted, fit_weights = of_split("test", test.image_ids), of_split("fit", fit.image_ids).weights
+    predicted, predicted_of_fit = of_split("test", test.image_ids), of_split("fit", fit.image_ids)
 
     drops = ablation.drops(fit)
     labels = sensitivity_labels(fit.loss, fit.loss_skipped), sensitivity_to(mean_loss(drops), drops)
     senses = other_senses(of_fit, of_test, detector, mfip.load(importance / f"{task}.pt"), *labels)
-    methods = ablation.variants(fit, test, model, predicted, fit_weights, senses, precode, seed)
+    methods = ablation.variants(fit, test, model, predicted, predicted_of_fit, senses, precode, seed)
     truth = ground_truth(load_split(splits, "test"), task)
     choices = choices_of(allocation_table(methods, test, points))
     paths, described = (splits, weights, features, prediction, codec, coded), params["models"][model_name]

@@ -12,7 +12,15 @@ from torchvision.models import get_model_weights
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.command import entry
 from stages.lib.detector_training import DetectionDataset, train
-from stages.lib.models import build, load_weights, published_state, read_checkpoint, save_model
+from stages.lib.models import (
+    NORM_EPSILON,
+    build,
+    load_weights,
+    published_state,
+    read_checkpoint,
+    save_model,
+    set_norm_epsilon,
+)
 from stages.lib.params import load_params
 from stages.lib.ranks import join, place
 from stages.lib.schema import InputError
@@ -30,7 +38,7 @@ def main(splits: Path, name: str, out: Path) -> None:
         num_classes = 2  # torchvision's keypoint model knows persons only, category 1
     torch.manual_seed(params["seed"])
     network = build(model, num_classes, num_keypoints)
-    weights, published = model["weights"], False
+    weights, published, original = model["weights"], False, False
     if weights and not Path(weights).suffix:  # a name such as COCO_V1; torchvision checks its own hash
         try:
             known = get_model_weights(model["architecture"])[weights]
@@ -46,17 +54,29 @@ def main(splits: Path, name: str, out: Path) -> None:
                 f"params.yaml: models.{name}.weights is {weights!r}: {error}; download {known.url} and give the file"
             ) from None
         load_weights(network, state, weights)
-        published = True
+        published, original = True, known.url == _original(model["architecture"])
     elif weights and Path(weights).suffix == ".pth":  # the file of such a name, downloaded by hand
         load_weights(network, published_state(Path(weights)), weights)
-        published = True
+        published, original = True, Path(weights).name == Path(_original(model["architecture"])).name
     elif weights:
-        load_weights(network, read_checkpoint(Path(weights))["state"], weights)
+        checkpoint = read_checkpoint(Path(weights))
+        load_weights(network, checkpoint["state"], weights)
+        set_norm_epsilon(network, checkpoint)
+    if original:
+        set_norm_epsilon(network, {NORM_EPSILON: 0.0})  # they were trained so, and torchvision builds them so
     join()
     if model["steps"]:
         train(network, data, model["steps"], model["batch"], model["lr"], params["seed"])
     if place()[0] == 0:
         save_model(out, network, num_classes, num_keypoints, half=not published)
+
+
+def _original(architecture: str) -> str:
+    """Where the weights lie that torchvision published first; empty for an architecture that is not its own."""
+    try:
+        return get_model_weights(architecture)["COCO_V1"].url
+    except ValueError:
+        return ""
 
 
 if __name__ == "__main__":

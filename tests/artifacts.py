@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from stages.lib.accuracy import Matches
@@ -54,3 +55,9 @@ def evaluate(
     path = folder / "matches.h5"
     measure(features.image_ids, path)
     return {task: (chosen, dict(read_matches([path], task, chosen.points))) for task, chosen in choices.items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Of two state dicts."""
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)

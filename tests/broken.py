@@ -172,6 +172,11 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def deep(name: str) -> Break:
+    """A picture of 16 bits, as cameras of depth or heat write it."""
+    return lambda: (remove(name), Image.new("I;16", (17, 23)).save(name))
+
+
 def truncated_jpeg() -> None:
     Image.effect_noise((17, 23), 90).save(FIRST_JPG)
     cut(FIRST_JPG)()

@@ -6,11 +6,11 @@ After one undisturbed run, every fault is made in a copy of its folder, and ever
 
     killed      SIGKILL to the process group of a stage, at a random moment: its outputs are absent, or whole
     lost        SIGKILL to a worker, as of a machine that is out of memory: one line, finished shards stay
+    starved     less memory than a stage needs: one line, finished shards stay
     full        less space than a stage writes: one line, no half output
     flipped     one bit of a stored file, for stages that read it: one line that names it or its folder, or DVC sees it
 
-Stages run as forks of a process that has made their imports. Kinds of files that hold text or pictures have no
-checksum of their own: DVC's hash alone tells of a changed digit.
+Stages run as forks of a process that has made their imports. Text and pictures have no checksum but DVC's hash.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -43,10 +43,10 @@ from stages.lib.files import RESERVE
 from stages.lib.planning import address_of, become, begin, in_order
 from tests.test_pipeline import change, dvc, project
 
-KILLS, LOSSES, FLIPS = 10, 2, 4  # of each stage; of each kind of file and stage that reads it
-LANES = 2  # faults that are made at a time
+KILLS, LOSSES, LIMITS, FLIPS = 10, 2, 4, 4  # of each stage; of each kind of file and stage that reads it
+MEMORY = 4, 16  # squared, MiB: what a starved stage gets beyond what it has once its imports are made
 IMAGES, FEWER = "fit: 16, test: 10", "fit: 8, test: 6"  # of the splits: as many faults in less time
-SHARD_IMAGES = 2  # so that there are several shards
+LANES, SHARD_IMAGES = 2, 2  # faults that are made at a time; so few that there are several shards
 SHARDED = ("extract", "compress", "measure_uncoded", "measure", "evaluate", "ablate")
 SCRATCH = (".tmp-", ".unfinished-")
 CODED, STUDY = "data/coded/small", "data/evaluations/studies/detection-elic"
@@ -118,10 +118,17 @@ def clear(folder: Path, outs: list[str]) -> None:
         shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
 
 
-def start(stage: Stage, folder: Path, workers: int) -> int:
+def start(stage: Stage, folder: Path, workers: int, memory: int | None = None) -> int:
     log = folder.with_suffix(".log")  # beside the lane: its disk may be full
     log.write_text("")  # a kill may come before the fork does that
-    process = begin(partial(become, stage.command, folder, workers), log)
+
+    def run() -> None:
+        if memory is not None:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
+        become(stage.command, folder, workers)
+
+    process = begin(run, log)
     os.setpgid(process, process)
     return process
 
@@ -149,9 +156,9 @@ class Trial:
         self.stage, self.rng, self.violations = stages[address], random.Random(address), []
         self.should = content(whole, self.stage.outs)
 
-    def start(self, workers: int = 2) -> int:
+    def start(self, workers: int = 2, memory: int | None = None) -> int:
         clear(lane, self.stage.outs)
-        return start(self.stage, lane, workers)
+        return start(self.stage, lane, workers, memory)
 
     def expect(self, right: bool, what: str) -> None:
         if not right:
@@ -233,6 +240,21 @@ def lost(address: str) -> Found:
         trial.expect_nothing_half("after the loss of a worker")
         trial.finish("after the loss of a worker")
     return Found("lost", {"stage": address, "workers lost": losses, "shards kept": kept}, trial.violations)
+
+
+def starved(address: str) -> Found:
+    """Memory ends at a random amount. Libraries in C that do not look whether they got any end with SIGSEGV."""
+    trial, ended, kept = Trial(address), 0, 0
+    for _ in range(LIMITS):
+        mib = trial.rng.uniform(*MEMORY) ** 2
+        status, said = end(trial.start(0, int(mib * 2**20)), lane)
+        if status:  # else that was enough
+            if status != -signal.SIGSEGV:
+                trial.expect_one_line(status, said, "out of memory")
+            trial.expect_nothing_half(f"with {mib:.0f} MiB more")
+            ended, kept = ended + 1, kept + len(trial.shards())
+            trial.finish(f"after {mib:.0f} MiB more")
+    return Found("starved", {"stage": address, "memory ended": ended, "shards kept": kept}, trial.violations)
 
 
 def full(address: str) -> Found:
@@ -339,7 +361,7 @@ def call(fault: Callable[..., Found], *names: str) -> Found:
 def all_faults() -> list[Found]:
     with lanes() as are_disks:
         faults = [(killed, address) for address in stages]
-        faults += [(lost, address) for address in stages if address.partition("@")[0] in SHARDED]
+        faults += [(fault, a) for fault in (lost, starved) for a in stages if a.partition("@")[0] in SHARDED]
         faults += [(flipped, kind, reader) for kind, (_, readers) in KINDS.items() for reader in readers.split()]
         if are_disks:
             faults += [(full, address) for address in stages]

@@ -70,8 +70,9 @@ def importance(test) -> Importance:
 
 
 @pytest.fixture(scope="module")
-def fit_weights(fit) -> np.ndarray:
-    return np.random.default_rng(6).dirichlet(np.ones(5), len(fit.bits))
+def of_fit(fit) -> Importance:
+    rng = np.random.default_rng(6)
+    return Importance(rng.dirichlet(np.ones(5), len(fit.bits)), rng.uniform(0.1, 3, fit.pixels.shape))
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,8 @@ def senses(fit, test) -> Senses:
 
 
 @pytest.fixture(scope="module")
-def methods(fit, test, model, importance, fit_weights, senses) -> dict:
-    return variants(fit, test, model, importance, fit_weights, senses, PRECODE, SEED)
+def methods(fit, test, model, importance, of_fit, senses) -> dict:
+    return variants(fit, test, model, importance, of_fit, senses, PRECODE, SEED)
 
 
 def chosen(choose) -> np.ndarray:
@@ -112,19 +113,19 @@ def test_the_main_methods_are_those_of_allocate(methods, test, model, importance
         pd.testing.assert_frame_equal(wanted, found)
 
 
-def test_labels_of_test_reach_only_those_that_say_so(fit, test, model, importance, fit_weights, senses, methods):
+def test_labels_of_test_reach_only_those_that_say_so(fit, test, model, importance, of_fit, senses, methods):
     strangers = make_curves(9)  # not the same ones in another order: that would leave their means
     names = ("drop", "loss", "loss_skipped", "clean")
     relabelled = test._replace(**{name: getattr(strangers, name) for name in names})
-    others = variants(fit, relabelled, model, importance, fit_weights, senses, PRECODE, SEED)
+    others = variants(fit, relabelled, model, importance, of_fit, senses, PRECODE, SEED)
     changed = {name for name in methods if not np.array_equal(chosen(methods[name]), chosen(others[name]))}
     assert changed == SEES_LABELS
 
 
-def test_real_bits_and_a_perfect_predictor_are_a_direct_argmin(fit, test, model, fit_weights, senses):
+def test_real_bits_and_a_perfect_predictor_are_a_direct_argmin(fit, test, model, of_fit, senses):
     mean = mean_loss(fit.loss)
     k = ablation.measured(test, model)
-    known = variants(fit, test, model, Importance(np.full(k.shape, 0.2), k), fit_weights, senses, PRECODE, SEED)
+    known = variants(fit, test, model, Importance(np.full(k.shape, 0.2), k), of_fit, senses, PRECODE, SEED)
     for price in PRICES:
         direct = (k[:, :, None] * mean + price * test.bits).argmin(2)
         assert np.array_equal(known["bits_real"](price), direct)
@@ -132,9 +133,9 @@ def test_real_bits_and_a_perfect_predictor_are_a_direct_argmin(fit, test, model,
     assert np.array_equal(chosen(known["mfiba_skip"]), chosen(known["measured_skip"]))
 
 
-def test_without_precoding_all_images_of_one_sensitivity_get_one_vector(fit, test, model, fit_weights, senses, methods):
+def test_without_precoding_all_images_of_one_sensitivity_get_one_vector(fit, test, model, of_fit, senses, methods):
     alike = Importance(np.full(test.pixels.shape, 0.2), np.ones(test.pixels.shape))
-    known = variants(fit, test, model, alike, fit_weights, senses, PRECODE, SEED)
+    known = variants(fit, test, model, alike, of_fit, senses, PRECODE, SEED)
     phi = chosen(known["bits_mean"])
     assert (phi == phi[:, :1]).all() and np.array_equal(phi, chosen(known["static_smooth"]))
     assert np.array_equal(chosen(known["mfiba"]), chosen(methods["sensitivity_one"]))
@@ -143,15 +144,24 @@ def test_without_precoding_all_images_of_one_sensitivity_get_one_vector(fit, tes
     assert (phi != phi[:, :1]).any()  # the bits are the image's
 
 
+def test_means_of_fit_are_a_fixed_sensitivity_and_a_share_one_of_mean_1(fit, test, model, of_fit, senses, methods):
+    fixed = of_fit._replace(sensitivity=np.broadcast_to([1.5, 0.5, 0.2, 2.0, 1.0], fit.pixels.shape))
+    shares = Importance(np.full(test.pixels.shape, 0.2), np.broadcast_to(fixed.sensitivity[0], test.pixels.shape))
+    known = variants(fit, test, model, shares, fixed, senses, PRECODE, SEED)
+    assert np.array_equal(chosen(known["sensitivity_mean"]), chosen(known["mfiba"]))
+    even = variants(
+        fit, test, model, shares, fixed._replace(weights=np.full(fit.pixels.shape, 0.2)), senses, PRECODE, 1
+    )
+    assert np.array_equal(chosen(even["sensitivity_share"]), chosen(methods["sensitivity_one"]))
+
+
 def test_every_other_sensitivity_changes_the_choice(methods):
     found = {name: chosen(methods[name]).tobytes() for part in ROWS.values() for name in part}
     assert len(set(found.values())) == len(found)
 
 
-def test_random_variants_follow_the_seed(fit, test, model, importance, fit_weights, senses, methods):
-    again, other = (
-        variants(fit, test, model, importance, fit_weights, senses, PRECODE, seed) for seed in (SEED, SEED + 1)
-    )
+def test_random_variants_follow_the_seed(fit, test, model, importance, of_fit, senses, methods):
+    again, other = (variants(fit, test, model, importance, of_fit, senses, PRECODE, seed) for seed in (SEED, SEED + 1))
     different = {n for n in methods if not np.array_equal(chosen(methods[n]), chosen(other[n]))}
     assert different == {"closed_form_random", "sensitivity_permuted"}
     assert all(np.array_equal(chosen(methods[n]), chosen(again[n])) for n in methods)
@@ -200,11 +210,11 @@ def test_a_power_law_of_the_image_is_found_and_decides():
     assert (phi[:, 5] == 0).all()
 
 
-def test_weights_fall_into_fifty_bins(fit, fit_weights, model):
+def test_weights_fall_into_fifty_bins(fit, of_fit, model):
     assert ablation.weight_bins(np.array([0, 0.019, 0.021, 0.5, 0.979, 0.981, 1])).tolist() == [0, 0, 1, 25, 48, 49, 49]
     assert np.array_equal(ablation.weight_bins(MIDDLES), np.arange(50))
-    c = ablation.calibrate(fit, fit_weights, model)
-    seen = np.unique(ablation.weight_bins(fit_weights))
+    c = ablation.calibrate(fit, of_fit.weights, model)
+    seen = np.unique(ablation.weight_bins(of_fit.weights))
     assert c.shape == (50,) and not np.array_equal(c, MIDDLES)
     assert np.array_equal(np.delete(c, seen), np.delete(MIDDLES, seen))
     steps = (c - MIDDLES) / 0.01
@@ -229,30 +239,30 @@ def test_calibration_moves_bits_to_the_scale_that_loses(fit, model):
         assert (np.array(lost[1]) < lost[0]).all()
 
 
-def test_calibration_keeps_no_nudge_without_a_gain(fit, fit_weights, model):
+def test_calibration_keeps_no_nudge_without_a_gain(fit, of_fit, model):
     lossless = fit._replace(drop=np.zeros_like(fit.drop))  # all chords are level, so is every nudge
     ends = [0, K - 1]  # two points: no chord
     two = fit._replace(bits=fit.bits[:, :, ends], drop=fit.drop[:, :, ends])
     for curves in (lossless, two):
-        assert np.array_equal(ablation.calibrate(curves, fit_weights, model), MIDDLES)
+        assert np.array_equal(ablation.calibrate(curves, of_fit.weights, model), MIDDLES)
 
 
-def test_calibration_asks_no_image_without_label_for_a_drop(fit, fit_weights, model):
+def test_calibration_asks_no_image_without_label_for_a_drop(fit, of_fit, model):
     clean, drop = fit.clean.copy(), fit.drop.copy()
     clean[::3], drop[::3] = np.nan, np.nan
     unlabelled = fit._replace(clean=clean, drop=drop)
     nothing_lost = fit._replace(drop=np.nan_to_num(drop))
-    found, wanted = (ablation.calibrate(curves, fit_weights, model) for curves in (unlabelled, nothing_lost))
+    found, wanted = (ablation.calibrate(curves, of_fit.weights, model) for curves in (unlabelled, nothing_lost))
     assert np.array_equal(found, wanted) and np.isfinite(found).all()
 
 
-def test_calibration_sees_no_label_of_test(fit, test, model, importance, fit_weights, senses, methods):
+def test_calibration_sees_no_label_of_test(fit, test, model, importance, of_fit, senses, methods):
     order = np.roll(np.arange(len(test.bits)), 1)
     permuted = test._replace(drop=test.drop[order], clean=test.clean[order])
-    again = variants(fit, permuted, model, importance, fit_weights, senses, PRECODE, SEED)
+    again = variants(fit, permuted, model, importance, of_fit, senses, PRECODE, SEED)
     found, same = (chosen(names["upstream_calibrated"]) for names in (methods, again))
     assert np.array_equal(found, same)
-    weights = ablation.calibrate(fit, fit_weights, model)[ablation.weight_bins(importance.weights)]
+    weights = ablation.calibrate(fit, of_fit.weights, model)[ablation.weight_bins(importance.weights)]
     assert np.array_equal(found, chosen(ablation.upstream_with(weights, test, model)))
     assert not np.array_equal(chosen(methods["upstream_measured"]), chosen(again["upstream_measured"]))
 

@@ -36,9 +36,11 @@ from broken import (
     Break,
     also,
     cut,
+    deep,
     folder,
     gone,
     lacks,
+    link,
     nothing,
     png,
     saved,
@@ -53,10 +55,12 @@ from PIL import Image
 from stages import report
 from stages.lib import mfip, prediction
 from stages.lib.coding import FeatureCodec, build_codec, save_codec
+from stages.lib.command import check_output
 from stages.lib.files import write_csv, write_json
 from stages.lib.models import build, save_model
 from stages.lib.params import SCALES
 from stages.lib.planes import Packing
+from stages.lib.schema import InputError
 
 ROOT = Path(__file__).parents[1]
 PREPARE = "prepare data/new"
@@ -260,6 +264,12 @@ BAD = [
     *((DECODE, *row) for row in IN_BITSTREAMS),
     (ENCODE, text("image.png", png(20000, 300)), "image.png: is 20000 x 300 px, the long side must be at most 16384"),
     (ENCODE, text("image.png", png(30000, 20000)), "image.png: cannot be decoded ... decompression bomb"),
+    (ENCODE, deep("image.png"), "image.png: its values have more than 8 bits"),
+    (
+        ENCODE.replace("image.png", "seen.png").replace("new.mfb", "image.png"),
+        link("seen.png", "image.png"),
+        "image.png: writing it would replace seen.png",
+    ),
     (ENCODE, lacks(FITTED, "rate"), f"{FITTED}: rate is missing"),
     (ENCODE, saved(lambda c: c, MODEL, "data/mfip/small/elic/detection.pt"), "detection.pt: has no 'feature_channels'"),
     (ENCODE, text(PREDICTION, "weights"), f"{PREDICTION}: is no weights file"),
@@ -291,6 +301,12 @@ def test_the_same_profile_unbroken_is_accepted(
     before = listing(copy)
     assert run(command, monkeypatch) == 0, capfd.readouterr().err
     assert set(listing(copy)) > set(before) and not [name for name in listing(copy) if ".tmp-" in name]
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # as a device is, but no loss
+    with pytest.raises(InputError, match="pipe: is neither a file nor a folder"):
+        check_output(tmp_path / "pipe", False, [])
 
 
 def test_a_bug_keeps_its_traceback(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

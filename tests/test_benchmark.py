@@ -55,6 +55,7 @@ MEASURED = {
     "evaluations": 31,
     "seconds": {"ours": 10.0, "plain": 77.7},
     "times_plain": 7.77,
+    "times_plain_each": 15.04,
     "equal": 0.999,
 }
 GROWN_STAGE = {
@@ -168,6 +169,7 @@ def test_ratios_follow_from_the_times(report):
         if workers():
             cores = case["all_cores"]
             assert cores["of_linear"] == approx(cores["seconds"]["one"] / cores["seconds"]["all"])
+            assert cores["of_linear_hash"] < 1.5
 
 
 def test_samples_and_strings_are_those_of_all_planes(report):
@@ -176,7 +178,7 @@ def test_samples_and_strings_are_those_of_all_planes(report):
     assert default["samples"] == 2 * sum(areas) * 6  # five channels in a grid of 2 x 3 tiles
     assert default["entropy_coding_by_plane"]["strings"] == default["planes"] == 2 * len(SCALES)
     assert coco["samples"] == 3 * 200 * 180  # 256 channels in tiles of three, 10 x 9 of them
-    assert coco["planes"] == 1
+    assert coco["planes"] == 1 and coco["plane"] == [200, 180]
 
 
 def test_random_full_size_networks_code_numbers_as_trained_ones_do(report):
@@ -189,9 +191,11 @@ def test_the_table_has_a_line_for_every_question(report):
     for name in TINY:
         for what in ("network + entropy coder alone", stage.PLAIN[name], "encode", "decode", "both", "strings"):
             assert sum(what in line and f"| {name} " in line for line in lines) >= 2, (name, what)
-    assert sum("not measured" in line for line in lines) >= 5
+    assert sum("| 200 x 180 " in line for line in lines) >= 2 and sum("not measured" in line for line in lines) >= 5
     (measured,) = (line for line in lines if line.startswith("| tiny "))
-    assert all(text in measured for text in ("60 variants", "10.0 s", "31 evaluations", "77.7 s", "7.77", "99.90%"))
+    assert all(
+        text in measured for text in ("60 variants", "10.0 s", "31 evaluations", "77.7 s", "7.77", "15.04", "99.90%")
+    )
     (grown,) = (line for line in lines if "measure@tiny-hevc" in line)
     taken = ("32, 64, 128", "3.5, 6.0, 11.0", "3.0, 5.0, 9.0", "3.00", "600, 605, 612", "1.02")
     assert all(f"| {text} " in grown for text in (*taken, "at most 4"))
@@ -289,6 +293,11 @@ def test_losses_are_measured_with_the_first_codec_of_the_profile_and_at_cocos_si
     cases = measuring(PARAMS, data, coco=True)
     assert [case["called"] for case in cases] == [("tiny", "elic"), *stage.DETECTORS]
     assert [case.get("note") for case in measuring(PARAMS, data, coco=False)] == [None] + ["not measured"] * 2
+
+
+def test_without_a_learned_codec_no_losses_are_measured(data):
+    hevc_alone = PARAMS | {"cells": {"c": {"task": "detection", "model": "tiny", "codec": "hevc"}}}
+    assert [case["detector"] for case in measuring(hevc_alone, data, coco=False)] == list(stage.DETECTORS)
 
 
 def test_one_image_is_sent_and_received_by_the_first_cell_of_each_learned_codec(tmp_path, monkeypatch):

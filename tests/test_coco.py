@@ -41,6 +41,19 @@ def test_splits_follow_the_file_names(coco_root: Path) -> None:
     }
 
 
+def test_another_image_or_annotation_makes_other_splits(coco_root: Path) -> None:
+    """DVC measures again what it sees a change of: splits.json, as the data set itself may lie anywhere."""
+    found = [make_splits(coco_root, COUNTS, TASKS)]
+    edit(coco_root, "person_keypoints", "val2017", lambda data: data["annotations"][0].update(area=1.5))
+    found.append(make_splits(coco_root, COUNTS, TASKS))
+    file = coco_root / "val2017" / "0008.png"
+    Image.eval(Image.open(file), lambda value: 255 - value).save(file)
+    found.append(make_splits(coco_root, COUNTS, TASKS))
+    digests = {split: [splits[split]["sha256"] for splits in found] for split in COUNTS}
+    assert {split: len(set(values)) for split, values in digests.items()} == {"train": 1, "test": 2, "fit": 3}
+    assert make_splits(coco_root, COUNTS, TASKS) == found[-1]
+
+
 def test_no_image_is_in_two_splits(coco_root: Path, tmp_path: Path) -> None:
     path = written(make_splits(coco_root, COUNTS, TASKS), tmp_path)
     splits = [load_split(path, name) for name in COUNTS]

@@ -112,6 +112,15 @@ def test_a_crop_counts_by_the_side_of_its_real_pixels(train_split, monkeypatch):
     assert line["bpp_plane"] == approx(bits / masks.sum().item()) and line["loss"] == approx(line["bpp_plane"])
 
 
+def test_latents_of_padding_alone_are_no_error(train_split, monkeypatch):
+    codec, mask = tiny(), torch.zeros(1, 1, 64, 64)
+    mask[..., :33, :16] = 1  # in 3 x 1 of the 4 x 4 latents
+    monkeypatch.setattr(codec_training, "random_crops", lambda *_: [(torch.full((1, 1, 64, 64), 0.5), mask)])
+    monkeypatch.setattr(codec, "quantised", lambda y, _: (y + 1, codec.log_gain[0, :1]))
+    (line,) = codec_training.train(codec, train_split, PLAIN, Schedule(1, 0, batch=1, crop=64, lr=1e-3), seed=0)
+    assert line["mse"] == approx(codec.log_gain.shape[1] * 3 / (33 * 16))
+
+
 def test_the_same_seed_gives_the_same_weights(train_split):
     results = []
     for seed in (5, 5, 6):

@@ -9,9 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy.interpolate import PchipInterpolator
 
+from stages.lib.bd_rate import pareto
 from stages.lib.comparing import LABEL_AWARE
 from stages.lib.tables import bracketed
 
@@ -21,9 +24,9 @@ WRITE_AGAIN = "`python -m tests.test_doc_tables` writes the tables again; then s
 TASKS = ["detection", "segmentation", "keypoints"]
 SHOWN = {  # methods of the tables of results, and what they are
     "mfiba_skip": "predicted sensitivities, one precoding; may skip a scale",
-    "static_skip": "fixed qualities, the best on `fit`; may skip a scale",
+    "static_skip": "fixed qualities, the best on `fit` if losses add up; may skip a scale",
     "mfiba": "predicted sensitivities, one precoding",
-    "static": "fixed qualities, the best on `fit`",
+    "static": "fixed qualities, the best on `fit` if losses add up",
     "mfiba_closed_form": "the paper's closed form, predicted weights",
     "upstream_predicted": "the authors' algorithm, predicted weights",
     "upstream_measured": "the authors' algorithm, measured weights",
@@ -88,6 +91,44 @@ def paired() -> Rows:
     return table
 
 
+def delta(points: pd.DataFrame, method: str, other: str, least: float = 0.0) -> float:
+    """BD-rate of `method` against `other`, percent: pchip over the accuracies of at least `least` that both reach."""
+    curves = []
+    for name in (method, other):
+        bits, accuracy = points.loc[points["method"] == name, ["bits_per_image", "accuracy"]].to_numpy().T
+        kept = pareto(bits, accuracy)
+        curves.append(PchipInterpolator(accuracy[kept], np.log10(bits[kept])))
+    low, high = max(least, *(curve.x[0] for curve in curves)), min(curve.x[-1] for curve in curves)
+    of_method, of_other = (curve.integrate(low, high) / (high - low) for curve in curves)
+    return 100 * (10 ** (of_method - of_other) - 1)
+
+
+def cells_of(points: pd.DataFrame, codec: str) -> list[pd.DataFrame]:
+    return [points[(points["codec"] == codec) & (points["task"] == task)] for task in TASKS]
+
+
+def high_rates() -> Rows:
+    points = read("reports/rd_points.csv")
+    table = [["method", "codec", *TASKS]]
+    for method in ("mfiba_skip", "static_skip", "mfiba", "static"):
+        for codec in points["codec"].unique():
+            table.append([f"`{method}`", codec])
+            for cell in cells_of(points, codec):
+                (whole,) = cell.loc[cell["method"] == "none", "accuracy"]
+                table[-1].append(f"{delta(cell, method, 'uniform', 0.9 * whole):.1f}")
+    return table
+
+
+def direct() -> Rows:
+    points = read("reports/rd_points.csv")
+    table = [["bits, in percent", "codec", *TASKS]]
+    for method, other in (("mfiba_skip", "static_skip"), ("mfiba", "static"), ("mfiba_skip", "oracle_skip")):
+        for codec in points["codec"].unique():
+            table.append([f"`{method}` against {named(other, other in LABEL_AWARE)}", codec])
+            table[-1] += [f"{delta(cell, method, other):+.1f}" for cell in cells_of(points, codec)]
+    return table
+
+
 def codecs() -> Rows:
     found = read("reports/codec_bd_rate.csv").set_index(["codec", "task"])
     table = [["against `hevc`", *TASKS]]
@@ -119,7 +160,7 @@ def speed() -> Rows:
     cases = [case for case in benchmark("cases") if case["size"] == "default" and "note" not in case]
     found = {
         "compress, to network + entropy coder alone": lambda case: case["of_limit"],
-        "compress, then decompress, to a plain loop": lambda case: case["times_plain"],
+        "compress and reconstruct, to compress + decompress of a plain loop": lambda case: case["times_plain"],
         "entropy coding, to compressai's, string by string": lambda case: case["entropy_coding_by_plane"]["ratio"][
             "both"
         ],
@@ -180,6 +221,8 @@ TABLES = {  # name -> its rows, and how many of its columns hold text
     "results": (results, 2),
     "methods": (methods, 2),
     "paired": (paired, 2),
+    "high_rates": (high_rates, 2),
+    "direct": (direct, 2),
     "codecs": (codecs, 1),
     "codec_features": (codec_features, 1),
     "ablation": (ablation, 2),
@@ -221,10 +264,37 @@ CLAIMS = [  # text with two whole numbers -> table of differences, or of BD-rate
     (r"`?mfiba_skip`? saves (\d+) to (\d+) % in every cell", "bd_rate", {"method": "mfiba_skip"}),
     (r"saves (\d+) to (\d+) % of the bits at equal accuracy", "bd_rate", {"method": "mfiba_skip"}),
     (r"which sends all scales, (\d+) to (\d+) %", "bd_rate", {"method": "mfiba"}),
-    (r"takes (\d+) to (\d+) points more\s+off\s+the bits", "paired", {"method": "mfiba_skip", "other": "mfiba"}),
+    (r"takes (\d+) to (\d+)\s+points\s+more\s+off\s+the\s+bits", "paired", {"method": "mfiba_skip", "other": "mfiba"}),
     (r"brings (\d+) to (\d+) points more with skipping", "paired", {"method": "mfiba_skip", "other": "static_skip"}),
     (r"more with skipping, (\d+) to (\d+) without", "paired", {"method": "mfiba", "other": "static"}),
 ]
+
+
+def least_and_most(table: Rows, row: str, tasks: list[str], minus: str | None = None) -> tuple[int, int]:
+    """Of the savings of a row of each codec; `minus`: of another row's."""
+    named_by = {(line[0], line[1]): dict(zip(TASKS, map(float, line[2:]), strict=True)) for line in table[1:]}
+    savings = [
+        (named_by[minus, codec][task] if minus else 0) - values[task]
+        for (name, codec), values in named_by.items()
+        if name == row
+        for task in tasks
+    ]
+    return round(min(savings)), round(max(savings))
+
+
+def test_claims_about_high_rates_and_direct_comparisons_are_those_of_the_tables() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    high, bits = high_rates(), direct()
+    boxes_and_masks, keypoints = TASKS[:2], TASKS[2:]
+    for claim, found in (
+        ("{} to {} % (boxes, masks)", least_and_most(high, "`mfiba_skip`", boxes_and_masks)),
+        ("{} to {} % (keypoints) where at least 90 %", least_and_most(high, "`mfiba_skip`", keypoints)),
+        ("{} to {} where 90 % of the accuracy is kept", least_and_most(high, "`mfiba_skip`", TASKS, "`mfiba`")),
+        ("another {} to {} % off its bits", least_and_most(bits, "`mfiba_skip` against `static_skip`", TASKS)),
+        ("needs {} to {} % and", least_and_most(bits, "`mfiba_skip` against `static_skip`", TASKS)),
+        ("% and {} to {} % less bits than the fixed choice", least_and_most(bits, "`mfiba` against `static`", TASKS)),
+    ):
+        assert claim.format(*found) in text, claim.format(*found)
 
 
 @pytest.mark.parametrize(("claim", "table", "rows"), CLAIMS, ids=[claim for claim, *_ in CLAIMS])

@@ -10,6 +10,7 @@ from stages.lib import growth as module
 from stages.lib.growth import growth
 from stages.lib.params import load_params
 from stages.lib.planning import Run
+from stages.lib.schema import InputError
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"extract", "compress", "measure_uncoded", "measure", "evaluate"}
@@ -49,6 +50,15 @@ def test_ratios_are_those_of_the_largest_to_the_smallest(samples, monkeypatch):
     assert stage["cpu_seconds"] == approx([6.6, 8.2, 11.4]) and stage["peak_mib"] == [616, 632, 664]
     assert stage["seconds"] == [9] * 3
     assert stage["ratio"] == approx({"cpu_seconds": 11.4 / 6.6, "peak_mib": 664 / 616})
+
+
+def test_too_few_images_to_grow_from_are_told_before_any_sample(samples, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    params = load_params()
+    params["prepare"]["images"]["fit"] = 7
+    with pytest.raises(InputError, match="prepare.images is .*'fit': 7.*: growth needs 8 of each split"):
+        growth(params, Path("dvc.yaml"))
+    assert samples == []
 
 
 @pytest.mark.parametrize("profile", [ROOT, *(path.parent for path in ROOT.glob("profiles/*/params.yaml"))], ids=str)

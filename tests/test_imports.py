@@ -1,6 +1,8 @@
 """What imports what: the stages stand side by side, the library has no cycle, numeric modules do without torch."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,13 @@ def test_no_module_needs_itself(name: str) -> None:
 @pytest.mark.parametrize("path", [*ROOT.glob("stages/*.py"), *ROOT.glob("stages/lib/*.py")], ids=lambda p: p.stem)
 def test_only_the_library_is_imported_from(path: Path) -> None:
     assert not [name for name in imported(path) if name.startswith("stages.") and not name.startswith("stages.lib.")]
+
+
+def test_no_import_begins_cuda() -> None:
+    """Forks of a process that has would have no GPU: plan and benchmark begin forks."""
+    modules = ", ".join(f"stages.{path.stem}" for path in sorted((ROOT / "stages").glob("[a-z]*.py")))
+    code = f"import torch\ntorch.cuda.is_available = lambda: True\ntorch.cuda._lazy_init = None\nimport {modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("name", NUMERIC)

@@ -2,6 +2,7 @@
 
 import math
 import random
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -336,3 +337,18 @@ def test_one_damaged_string_is_found_among_whole_ones(sent):
     codec, string = sent
     with pytest.raises(InputError):
         codec.decode([string, string[:-1], string], 255, (1, 40, 72))
+
+
+def test_lanes_code_what_one_does_in_threads_that_stay(monkeypatch):
+    codec, x = tiny("elic"), planes(5, 1, 64, 64)
+    alone = codec.encode(x, 90)
+    monkeypatch.setattr(learned, "LANES", 2)
+    before = threading.active_count()
+    for _ in range(3):
+        assert [c.string for c in codec.encode(x, 90)] == [c.string for c in alone]
+        assert torch.equal(
+            codec.decode([c.string for c in alone], 90, (1, 64, 64)), torch.stack([c.plane for c in alone])
+        )
+    assert threading.active_count() <= before + 2
+    with pytest.raises(InputError):
+        codec.decode([alone[0].string, b"damaged", alone[1].string], 90, (1, 64, 64))

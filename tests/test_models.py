@@ -1,23 +1,16 @@
 """A detector cut at its pyramid is still the same detector; its training data are COCO's, mirrored or not."""
 
-import hashlib
-import re
-from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-from artifacts import write_features
+from artifacts import assert_same, write_features
 from pycocotools import mask as rle
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import clip_boxes_to_image
 
-from stages import train_model
-from stages.lib import models, shapes
-from stages.lib.coco import Split
+from stages.lib import models
 from stages.lib.features import Features
 from stages.lib.heads import Variants, detect, detect_variants, run_lengths
 from stages.lib.models import (
@@ -25,7 +18,7 @@ from stages.lib.models import (
     build,
     load_model,
     load_weights,
-    published_state,
+    naming,
     pyramid_of,
     read_checkpoint,
     save_model,
@@ -55,11 +48,6 @@ def model() -> torch.nn.Module:
 
 def image(height: int, width: int) -> torch.Tensor:
     return torch.rand(3, height, width, generator=torch.Generator().manual_seed(height))
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 # ---- the cut
@@ -322,73 +310,6 @@ def test_weights_of_another_network_name_the_layer():
             load_weights(net, state, "file.pt")
 
 
-@pytest.fixture
-def published() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A Mask R-CNN and its weights as torchvision publishes them: older names, no counters of batches."""
-    torch.manual_seed(1)
-    network = build(PARAMS | {"architecture": "maskrcnn_resnet50_fpn"}, CLASSES, 0)
-    state = {}
-    for name, value in network.state_dict().items():
-        name = re.sub(r"((inner|layer)_blocks\.\d)\.0\.", r"\1.", name).replace("rpn.head.conv.0.0.", "rpn.head.conv.")
-        name = re.sub(r"mask_head\.(\d)\.0\.", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}.", name)
-        if "num_batches_tracked" not in name:
-            state[name] = value.clone()
-    return network, state
-
-
-def test_weights_with_torchvisions_older_names_are_loaded(published):
-    network, state = published
-    assert not state.keys() >= network.state_dict().keys() and "backbone.fpn.inner_blocks.0.weight" in state
-    own = {name: value.clone() for name, value in network.state_dict().items()}
-    for value in network.state_dict().values():
-        value.zero_()
-    load_weights(network, state, "file.pth")
-    assert_same(network.state_dict(), own)
-    shorter = state | {"rpn.head.conv.bias": torch.zeros(3)}
-    for changed, layer in ((shorter, "rpn.head.conv.0.0.bias"), (state | {"rpn.more": torch.zeros(3)}, "rpn.more")):
-        with pytest.raises(InputError, match=f"^file.pth: (?s:.*){layer}"):
-            load_weights(network, changed, "file.pth")
-
-
-def test_a_published_file_and_its_name_in_torchvision_give_the_same_model(published, tmp_path, monkeypatch):
-    _, state = published
-    root = tmp_path / "shapes"
-    shapes.generate(root, n_train=1, n_val=1, size=64, seed=5)
-    monkeypatch.chdir(tmp_path)
-    torch.save(OrderedDict(state), "weights.pth")
-    digest = hashlib.sha256(Path("weights.pth").read_bytes()).hexdigest()
-    file = f"maskrcnn_resnet50_fpn_coco-{digest[:8]}.pth"
-    Path("weights.pth").rename(file)
-    known = SimpleNamespace(get_state_dict=lambda **_: torch.load(file, weights_only=True), url=f"https://host/{file}")
-    monkeypatch.setattr(train_model, "get_model_weights", lambda _: {"COCO_V1": known})
-    model = PARAMS | {"architecture": "maskrcnn_resnet50_fpn", "tasks": ["detection"], "steps": 0}
-    split = Split(root / "train2017", root / "annotations/instances_train2017.json", None, [1], {1: "000001.png"})
-    monkeypatch.setattr(train_model, "load_split", lambda *_: split)
-    for weights in ("COCO_V1", file):
-        monkeypatch.setattr(
-            train_model, "load_params", lambda w=weights: {"seed": 0, "models": {"m": model | {"weights": w}}}
-        )
-        train_model.main(Path("splits.json"), "m", Path(weights).with_suffix(".pt"))
-    first, second = (read_checkpoint(path) for path in sorted(Path().glob("*.pt")))
-    assert_same(first["state"], second["state"])
-    assert first["state"]["backbone.body.conv1.weight"].equal(state["backbone.body.conv1.weight"])  # not rounded
-
-    def unreachable(**_):
-        raise URLError("no network")
-
-    known.get_state_dict = unreachable
-    monkeypatch.setattr(
-        train_model, "load_params", lambda: {"seed": 0, "models": {"m": model | {"weights": "COCO_V1"}}}
-    )
-    with pytest.raises(InputError, match=f"models.m.weights is 'COCO_V1': .*no network.*download .*{file}"):
-        train_model.main(Path("splits.json"), "m", Path("new.pt"))
-
-
-def test_the_name_of_a_published_file_tells_its_hash(published, tmp_path):
-    _, state = published
-    path = tmp_path / "m-00000000.pth"
-    torch.save(state, path)
-    with pytest.raises(InputError, match="m-00000000.pth: its SHA-256 begins with [0-9a-f]{8}, not as its name says"):
-        published_state(path)
-    plain = path.rename(tmp_path / "m.pth")
-    assert_same(published_state(plain), state)
+def test_a_file_is_not_blamed_for_memory_that_ends():
+    with pytest.raises(InputError, match="^m.pt: out of memory"), naming(Path("m.pt"), "is no weights file"):
+        raise RuntimeError("std::bad_alloc")

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from pytest import approx
 
+from stages.lib import planning
 from stages.lib.params import load_params
 from stages.lib.planning import SHARDED, Run, _extrapolated, forked, items_of, planned, run_sample, sampled
 from stages.lib.schema import InputError
@@ -179,6 +180,16 @@ def test_a_stage_that_fails_on_a_sample_is_named_with_its_last_word(dvc_yaml, ca
     with capsys.disabled(), said:  # its words are those of the process, as on a command line
         run_sample(SAMPLE, dvc_yaml, ["extract"])
     assert os.listdir() == ["dvc.yaml"]
+
+
+def test_a_command_is_run_wherever_the_repository_lies(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(planning.runpy, "run_module", lambda module, run_name: ran.append([module, *sys.argv[1:]]))
+    monkeypatch.setenv("WORKERS", "1")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.chdir(tmp_path)
+    planning.become("PYTHONPATH=/my own/repository python -m stages.extract 'a b' c", tmp_path)
+    assert ran == [["stages.extract", "a b", "c"]]
 
 
 def test_a_fork_ends_as_its_call_does(capsys):

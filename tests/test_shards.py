@@ -20,7 +20,7 @@ import torch
 from stages.lib import files, shards
 from stages.lib.features import SHARD_IMAGES, Shard, shards_of
 from stages.lib.schema import InputError
-from stages.lib.shards import map_in_memory, map_shards, unfinished
+from stages.lib.shards import execute, map_in_memory, map_shards, unfinished
 
 SHARDS = shards_of({"fit": range(3 * SHARD_IMAGES + 5), "test": range(100, 100 + SHARD_IMAGES)})
 
@@ -151,6 +151,54 @@ def test_what_the_shards_are_made_from_tells_whether_they_still_count(tmp_path):
     with unfinished(out, source, 2) as changed:
         assert changed != other and not other.exists()
     assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_libraries_and_kind_of_processor_tell_it_too(tmp_path, monkeypatch):
+    def folder_of_shards() -> Path:
+        with unfinished(tmp_path / "out") as folder:
+            return folder
+
+    seen = {folder_of_shards(), folder_of_shards()}
+    for module, name in ((shards, "version"), (torch.backends.cpu, "get_cpu_capability")):
+        monkeypatch.setattr(module, name, lambda *_: "another")
+        seen.add(folder_of_shards())
+    assert len(seen) == 3
+
+
+def test_two_that_write_one_shard_do_not_mix(tmp_path, monkeypatch):
+    """As where Ray took a node for lost, and it was not."""
+    inner = run(tmp_path / "w")[0].read_bytes()
+    (tmp_path / "w" / f"{SHARDS[0].name}.h5").unlink()
+
+    def write(shard: Shard, path: Path) -> None:
+        path.write_text("half")
+        shards._writer(partial(load), {shard.name: tmp_path / "w" / f"{shard.name}.h5"})(shard)
+        assert path.read_text() == "half" and (tmp_path / "w" / f"{shard.name}.h5").read_bytes() == inner
+        load()(shard, path)
+
+    monkeypatch.setenv("WORKERS", "0")
+    map_shards(lambda: write, SHARDS[:1], tmp_path / "w", "work")
+    assert (tmp_path / "w" / f"{SHARDS[0].name}.h5").read_bytes() == inner
+
+
+def test_a_container_has_as_many_workers_as_it_may_keep_busy(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORKERS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(shards, "QUOTA", tmp_path / "cpu.max")
+    assert shards.workers() == 64
+    for text, count in (("max 100000", 64), ("250000 100000", 3), ("50000 100000", 1)):
+        shards.QUOTA.write_text(f"{text}\n")
+        assert shards.workers() == count
+
+
+def test_with_a_gpu_what_stays_in_memory_stays_in_this_process(monkeypatch):
+    """A process for each GPU would have to pickle what it works with."""
+    monkeypatch.setattr(shards, "DEVICE", torch.device("cuda"))
+    monkeypatch.setenv("WORKERS", "2")
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    here = []
+    assert map_in_memory(lambda: lambda item: here.append(item) or os.getpid(), [1, 2], "work") == [os.getpid()] * 2
+    assert here == [1, 2]
 
 
 # ---- failures
@@ -291,11 +339,17 @@ def test_bad_input_found_on_a_cluster_is_raised_here(tmp_path, cluster):
             raise InputError("shard: bad")
 
     with pytest.raises(InputError, match="shard: bad"):
-        map_in_memory(Refused(), [0], "work")
+        list(execute(Refused(), [0], "work"))
+
+
+def test_a_worker_of_a_cluster_that_ends_again_and_again_is_told(cluster, monkeypatch):
+    monkeypatch.setattr(shards, "RETRIES", 0)
+    with pytest.raises(InputError, match="^work: Ray lost a worker 1 times .*run the stage again"):
+        list(execute(lambda: lambda _: os._exit(1), [0], "work"))
 
 
 def test_a_cluster_that_does_not_answer_is_told(monkeypatch):
     pytest.importorskip("ray", reason="Ray is optional: pip install -r requirements-ray.txt")
     monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     with pytest.raises(InputError, match="RAY_ADDRESS is 'nowhere'"):
-        map_in_memory(lambda: lambda _: None, [0], "work")
+        list(execute(lambda: lambda _: None, [0], "work"))

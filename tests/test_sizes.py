@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 from pycocotools.coco import COCO
 from pytest import approx
 
@@ -78,7 +79,8 @@ def test_each_size_has_its_own_images_and_a_method_like_uniform_saves_nothing():
     }
     worth = {"weight": np.tile(areas[:, None], (1, 5))}
     key = {"task": "detection", "codec": "elic"}
-    found = sizes.size_table(Choices(points, phi), matches, bits, features, key, 20, 0, areas, worth)
+    args = bits, features, key, 20, 0, areas, worth
+    found = sizes.size_table(Choices(points, phi), matches, *args)
     assert found.groupby("size", sort=False)["n_images"].first().to_dict() == {"small": 4, "medium": 4, "large": 3}
     rates = found[found["quantity"] == "bd_rate"].pivot(index="name", columns="size", values="value")
     assert list(found["name"].unique()[:4]) == list(sizes.METHODS)
@@ -86,3 +88,13 @@ def test_each_size_has_its_own_images_and_a_method_like_uniform_saves_nothing():
     assert rates.loc["oracle"].to_dict() == approx({"small": 0, "medium": 0, "large": -50}, abs=0.1)
     means = found[found["quantity"] == "weight"].groupby("size")["value"].mean()
     assert means["small"] == approx(areas[7:11].mean()) and means["large"] == approx(areas[:3].mean())
+    # Batches are of images of one padded size: a split's images may come in another order.
+    turned = {
+        p: merge([sizes.of_images(m, np.arange(n) >= 5), sizes.of_images(m, np.arange(n) < 5)])
+        for p, m in matches.items()
+    }
+    assert turned["none", 0].image_ids.tolist() != shared.image_ids.tolist()
+    again = sizes.size_table(Choices(points, phi), turned, *args)
+    exact = ["size", "n_images", "area_low", "area_high", "quantity", "name"]
+    pd.testing.assert_frame_equal(again[exact], found[exact])
+    assert again["value"].to_numpy() == approx(found["value"].to_numpy(), abs=1e-9)

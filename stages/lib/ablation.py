@@ -46,7 +46,9 @@ ROWS = {  # part of the method -> variant -> what it is
         "mfiba_closed_form": "as MFIP predicts them",
     },
     "sensitivity": {
-        "sensitivity_one": "1 for all: only the bits are of the image",
+        "sensitivity_one": "1 for all scales and images",
+        "sensitivity_mean": "the mean of those predicted on fit: only the bits are of the image",
+        "sensitivity_share": "MFIP's weight over its mean on fit: a share in place of a magnitude",
         "sensitivity_permuted": "that of another image",
         "sensitivity_bits": "bits of the precoded scale over their mean on fit",
         "sensitivity_variance": "spatial variance of the features over its mean on fit",
@@ -109,21 +111,21 @@ def variants(
     test: Curves,
     model: dict,
     importance: Importance,
-    fit_weights: np.ndarray,
+    of_fit: Importance,
     senses: Senses,
     precode: int,
     seed: int,
 ) -> dict[str, Choose]:
-    """Curves, `fit_scales`, predictions for test, weights of fit -> a choice for each method of `ROWS`, in its order.
+    """Curves, `fit_scales`, predictions for test and, out of fold, fit -> a choice for each of `ROWS`, in their order.
 
-    The labels of test reach those of SEES_LABELS only. fit_weights [m, 5] are MFIP's, too, out of fold.
+    The labels of test reach those of SEES_LABELS only.
     """
-    calibration = calibrate(fit, fit_weights, model)
+    calibration = calibrate(fit, of_fit.weights, model)
     main = label_free(test.bits, test.pixels, model, importance, precode) | label_aware(test, model)
     found = (
         main
         | weights_of_closed_form(test.pixels, model, seed)
-        | sensitivities(fit, test, model, importance, senses, precode, seed)
+        | sensitivities(fit, test, model, importance, of_fit, senses, precode, seed)
         | other_bits(test.bits, model, importance.sensitivity)
         | skipping(test, model, importance.sensitivity, precode)
         | {
@@ -155,12 +157,21 @@ def weights_of_closed_form(pixels: np.ndarray, model: dict, seed: int) -> dict[s
 
 
 def sensitivities(
-    fit: Curves, test: Curves, model: dict, importance: Importance, senses: Senses, precode: int, seed: int
+    fit: Curves,
+    test: Curves,
+    model: dict,
+    importance: Importance,
+    of_fit: Importance,
+    senses: Senses,
+    precode: int,
+    seed: int,
 ) -> dict[str, Choose]:
     """`mfiba` with sensitivities [n, 5] from elsewhere; "ap": the losses of the qualities are mean AP drops, too."""
     precoded = test.bits[:, :, precode]
     found = {
         "one": np.ones_like(precoded),
+        "mean": np.broadcast_to(of_fit.sensitivity.mean(0), precoded.shape),
+        "share": importance.weights / of_fit.weights.mean(0),
         "permuted": of_another_image(importance.sensitivity, seed),
         "bits": relative(fit.bits[:, :, precode], precoded),
         **{name: relative(*activity) for name, activity in senses.activity.items()},

@@ -1,5 +1,6 @@
 """A folder in COCO's layout -> checked splits; a split -> its images and ground truth."""
 
+import hashlib
 import io
 import os
 import reprlib
@@ -31,8 +32,9 @@ def _is_keypoints(value: Any) -> bool:
     return _is_numbers(value) and len(value) % 3 == 0 and set(value[2::3]) <= {0, 1, 2}
 
 
-ID = whole(0, most=2**63 - 1)
-ID_NOT_0 = whole(1, most=2**63 - 1)  # COCOeval takes id 0 for "no match"
+MOST = 2**53 - 1  # what every reader of JSON reads exactly
+ID = whole(0, most=MOST)
+ID_NOT_0 = whole(1, most=MOST)  # COCOeval takes id 0 for "no match"
 SIDE = whole(1, most=MAX_SIDE)
 IMAGE = {"id": ID, "file_name": TEXT, "width": SIDE, "height": SIDE}
 CATEGORY = {"id": whole(1, most=9999), "name": TEXT}  # ids are the model's labels, and label 0 is its background
@@ -63,6 +65,7 @@ SPLIT = {
     "file_names": Check(
         lambda value: isinstance(value, list) and all(map(TEXT.accepts, value)), "a list with a text for each image"
     ),
+    "sha256": TEXT,  # of the split's images and annotation files: what DVC sees of a change in them
 }
 
 
@@ -143,19 +146,29 @@ def make_splits(root: Path, counts: dict[str, int], tasks: Collection[str], seen
                 first = owner.setdefault(path, f"{name} (image {image['id']})")
                 if first != f"{name} (image {image['id']})":
                     raise InputError(f"{path}: in the splits {first} and {name} (image {image['id']}); keep one entry")
-            splits[name] = _entry(root if seen_as is None else seen_as, folder, images, tasks)
+            splits[name] = _entry(root, folder, images, tasks, root if seen_as is None else seen_as)
     return {name: splits[name] for name in ("train", "fit", "test")}
 
 
-def _entry(root: Path, folder: str, images: list[Item], tasks: Collection[str]) -> Item:
-    keypoints = str(_annotations(root, "person_keypoints", folder)) if "keypoints" in tasks else None
+def _entry(root: Path, folder: str, images: list[Item], tasks: Collection[str], seen_as: Path) -> Item:
+    kinds = ["instances", "person_keypoints"] if "keypoints" in tasks else ["instances"]
+    files = [_annotations(root, kind, folder) for kind in kinds]
     return {
-        "images": str(root / folder),
-        "instances": str(_annotations(root, "instances", folder)),
-        "person_keypoints": keypoints,
+        "images": str(seen_as / folder),
+        **dict.fromkeys(("instances", "person_keypoints")),
+        **{kind: str(_annotations(seen_as, kind, folder)) for kind in kinds},
         "image_ids": [image["id"] for image in images],
         "file_names": [image["file_name"] for image in images],
+        "sha256": _digest([*files, *(root / folder / image["file_name"] for image in images)]),
     }
+
+
+def _digest(files: Iterable[Path]) -> str:
+    whole_split = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            whole_split.update(hashlib.file_digest(file, "sha256").digest())
+    return whole_split.hexdigest()
 
 
 def _annotations(root: Path, kind: str, folder: str) -> Path:

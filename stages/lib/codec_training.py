@@ -17,15 +17,16 @@ from tqdm import tqdm
 
 from stages.lib.features import Features
 from stages.lib.files import atomic
-from stages.lib.learned import STRIDE, LearnedCodec
-from stages.lib.models import DEVICE, load_weights, read_checkpoint
+from stages.lib.learned import LATENT_STRIDE, STRIDE, LearnedCodec
+from stages.lib.models import DEVICE, emulates_bfloat16, load_weights, read_checkpoint
 from stages.lib.params import SCALES
 from stages.lib.planes import Packing, learn_packing, pack, principal
 from stages.lib.progress import progress
 from stages.lib.ranks import average, place
+from stages.lib.shards import cores
 
 # A GPU would wait for the reading and rotating of its crops; on a CPU the networks need all cores themselves.
-FEEDERS = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if DEVICE.type == "cuda" else 0
+FEEDERS = min(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16) if DEVICE.type == "cuda" else 0
 SAMPLES = 3  # crops in a step, in units of the batch of scale 0
 TRANSFORM_RATE = 0.1  # of the learning rate: it starts near its optimum, the entropy model at noise
 SECONDS_BETWEEN_CHECKPOINTS = 300  # what a killed training loses at most
@@ -140,7 +141,8 @@ def train(
         with torch.no_grad():
             y = codec.net.g_a(x - codec.centre).float()
         y_hat, bits = codec.quantised(y, lmbda)
-        return (y_hat - y).square().flatten(1).sum(1), bits
+        real = functional.max_pool2d(mask, LATENT_STRIDE)
+        return ((y_hat - y).square() * real).flatten(1).sum(1), bits
 
     def plane_error(x: Tensor, mask: Tensor, lmbda: Tensor) -> tuple[Tensor, Tensor]:
         x_hat, bits = codec(x, lmbda)
@@ -184,7 +186,7 @@ def train(
                 x, mask = x.to(DEVICE), mask.to(DEVICE)
                 low, high = codec.log_lambdas[0].item(), codec.log_lambdas[-1].item()
                 lmbda = torch.empty(len(x)).uniform_(low, high).exp().to(DEVICE)
-                with torch.autocast(DEVICE.type, torch.bfloat16):
+                with torch.autocast(DEVICE.type, torch.bfloat16, not emulates_bfloat16()):
                     error, bits = errors_and_bits(x, mask, lmbda)
                 loss, pixels = bits + lmbda * 255**2 * error, mask.flatten(1).sum(1)
                 (loss / pixels.sqrt() / (SAMPLES * schedule.batch * schedule.crop)).sum().backward()

@@ -62,8 +62,10 @@ def check_output(path: Path, is_folder: bool, others: Iterable[Path]) -> None:
     """Raises InputError where nothing could be written to `path`, or what is written would replace one of `others`."""
     place = _place(path)
     for other in (Path.cwd(), *others):
-        if _place(other).is_relative_to(place):
+        if any(where.is_relative_to(place) for where in (_place(other), Path(os.path.realpath(other)))):
             raise InputError(f"{path}: writing it would replace {other}; give another path")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device: whoever may replace it, must not
+        raise InputError(f"{path}: is neither a file nor a folder, and would be replaced by one; give another path")
     if path.exists() and path.is_dir() != is_folder:
         is_there, wanted = ("a file", "a folder") if is_folder else ("a folder", "a file")
         raise InputError(f"{path}: is {is_there}, but {wanted} is to be written; give another path")

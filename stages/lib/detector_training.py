@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from stages.lib.models import DEVICE, read_image
+from stages.lib.models import DEVICE, emulates_bfloat16, read_image
 from stages.lib.ranks import average, place
 
 
@@ -104,7 +104,7 @@ def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: 
     for step, (images, targets) in enumerate(tqdm(loader, desc="train detector", disable=rank > 0 or None), start=1):
         images = [image.to(DEVICE) for image in images]
         targets = [{k: v.to(DEVICE) for k, v in target.items()} for target in targets]
-        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):  # 1.5 times as fast, on CPUs too
+        with torch.autocast(DEVICE.type, torch.bfloat16, not emulates_bfloat16()):  # 1.5 times as fast, on CPUs too
             losses = model(images, targets)
         loss = sum(losses.values())
         optimizer.zero_grad(set_to_none=True)

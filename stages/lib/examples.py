@@ -201,7 +201,8 @@ def _example(
 
 def _shape(item: dict[str, Any], truth: COCO, task: str) -> dict[str, Any]:
     """An annotation or a result of COCO -> its label, its score if it has one, and its geometry."""
-    shape: dict[str, Any] = {"label": truth.cats[item["category_id"]]["name"]}
+    number = item["category_id"]  # of a detection it may be one of the numbers that COCO leaves out
+    shape: dict[str, Any] = {"label": truth.cats[number]["name"] if number in truth.cats else str(number)}
     if "score" in item:
         shape["score"] = round(item["score"], 2)
     if task == "segmentation":

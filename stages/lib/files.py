@@ -27,11 +27,14 @@ NAMES = {"task": TASKS, "scale": SCALES, "split": ("train", "fit", "test")}  # c
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yields a free path beside `path`; the file or folder made there takes the place of `path` if no error occurs."""
+def atomic(path: Path, writer: str = "") -> Iterator[Path]:
+    """Yields a free path beside `path`; the file or folder made there takes the place of `path` if no error occurs.
+
+    writer: a name that no other has, where several may write the same file at a time.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".tmp-{path.name}")  # keeps the suffix: some writers choose their format by it
+    scratch = path.with_name(f".tmp-{writer}{path.name}")  # keeps the suffix: some writers choose their format by it
     _remove(scratch)  # a killed run's
     try:
         yield scratch
@@ -122,6 +125,8 @@ def picture(path: Path) -> Iterator[Image.Image]:
     """An image file; its size is known before its pixels are decoded. InputError for whatever Pillow raises within."""
     try:
         with Image.open(path, formats=PICTURES) as image:
+            if image.mode[0] in "IF":  # Pillow makes all of it white that is above 8 bits
+                raise InputError(f"{path}: its values have more than 8 bits (mode {image.mode}); convert it to 8")
             yield image
     except InputError:
         raise

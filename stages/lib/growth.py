@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from stages.lib.planning import forked, items_of, run_sample, sampled
+from stages.lib.schema import need
 
 TIMES = (1, 2, 4)
+LEAST = 2  # images of `fit`
 IMAGES = 16  # of each split, at first: two batches of the heads, one shard
 
 
@@ -31,6 +33,7 @@ def growth(params: dict[str, Any], dvc_yaml: Path) -> dict[str, Any]:
         f"evaluate@{coders[0]}",
     ]
     few = min(IMAGES, min(params["prepare"]["images"].values()) // TIMES[-1])
+    need(few >= LEAST, "prepare.images", params["prepare"]["images"], f"growth needs {LEAST * TIMES[-1]} of each split")
     samples = [sampled(params, times * few) for times in TIMES]
     measured = [{run.address: run for run in run_sample(sample, dvc_yaml, addresses)} for sample in samples]
     stages = []

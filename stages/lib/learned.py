@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stages.lib.ans import LIMIT, Decoder, Part, Tables, gaussians
+from stages.lib.models import emulates_bfloat16
 from stages.lib.schema import InputError
 
 STRIDE = 32  # planes are padded to multiples of it, so that the sides of y are even, as a checkerboard needs
+LATENT_STRIDE = 16  # of y in the plane
 HYPER_STRIDE = 4  # of z in y, which is padded to multiples of it
 SCALE_TABLE = torch.exp(torch.linspace(math.log(0.11), math.log(64), 64))
 SCALE_LIMITS = (SCALE_TABLE[1:] * SCALE_TABLE[:-1]).sqrt()  # between a scale and the next
@@ -35,7 +38,7 @@ SCALE_LIMITS = (SCALE_TABLE[1:] * SCALE_TABLE[:-1]).sqrt()  # between a scale an
 THRIFT = 0.3
 # What analysis and synthesis compute in when they code. A receiver's may differ from a sender's in the last bits, so it
 # is what the processor multiplies fastest; the entropy networks, which have to agree to the bit, keep to float32.
-FAST = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+FAST = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
 TRANSFORM_TYPE = torch.bfloat16 if FAST else torch.float32
 SMALL = 32 * 64  # pixels of a plane up to which float32 is as fast (default profile, CPU): the calls take the time
 LANES = 2 if torch.cuda.is_available() else 1  # planes at a time: a GPU has one's networks while a core codes the other
@@ -175,7 +178,7 @@ class LearnedCodec(nn.Module):
         """Make ready for coding: to be called before it, and again after every change of the weights."""
         transforms = self.net.g_a, self.net.g_s
         self._transforms = {torch.float32: transforms}
-        self._transforms[TRANSFORM_TYPE] = tuple(copy.deepcopy(part).to(TRANSFORM_TYPE) for part in transforms)
+        self._transforms[fast_type()] = tuple(copy.deepcopy(part).to(fast_type()) for part in transforms)
         numbers = torch.arange(-LIMIT, LIMIT + 1, device=self.log_lambdas.device)
         with torch.no_grad():
             likelihood = self.net.entropy_bottleneck._likelihood(self._medians[0, :, :, 0, None] + numbers)[0]
@@ -243,7 +246,7 @@ class LearnedCodec(nn.Module):
     @torch.inference_mode()
     def _decode(self, string: bytes, rate: Rate, shape: tuple[int, int, int]) -> Tensor:
         _, height, width = shape
-        rows, columns = (-(-side // STRIDE) * STRIDE // 16 for side in (height, width))  # of y
+        rows, columns = (-(-side // STRIDE) * STRIDE // LATENT_STRIDE for side in (height, width))  # of y
         size = -(-rows // HYPER_STRIDE), -(-columns // HYPER_STRIDE)  # of z
         decoder, device = Decoder(self._tables, string), self.log_lambdas.device
         numbers = torch.from_numpy(decoder.read(self._hyper_tables(size))).to(device, torch.float32)
@@ -267,7 +270,7 @@ class LearnedCodec(nn.Module):
         return self.log_lambdas.new_tensor([level / 255 * (len(self.log_lambdas) - 1)])
 
     def _synthesis(self, y_hat: Tensor, rate: Rate) -> Tensor:
-        kind = _transform_type(16 * y_hat.shape[2] * 16 * y_hat.shape[3])
+        kind = _transform_type(y_hat.shape[2] * y_hat.shape[3] * LATENT_STRIDE**2)
         return self._transforms[kind][1]((y_hat * rate.inverse).to(kind)).float() + self.centre
 
     def _hyper_tables(self, size: tuple[int, ...]) -> np.ndarray:
@@ -311,15 +314,31 @@ class Family(nn.Module):
         return self.members[level].decode(strings, 0, shape)
 
 
+def fast_type() -> torch.dtype:
+    """What large planes are transformed in."""
+    return torch.float32 if emulates_bfloat16() else TRANSFORM_TYPE
+
+
 def _transform_type(pixels: int) -> torch.dtype:
-    return TRANSFORM_TYPE if pixels > SMALL else torch.float32
+    return fast_type() if pixels > SMALL else torch.float32
 
 
 def _in_lanes(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    if LANES == 1:  # a new thread would not keep to the number of threads that the caller set for torch
+    if LANES == 1:
         return list(map(function, items))
-    with ThreadPoolExecutor(LANES) as pool:
-        return list(pool.map(function, items))
+    return list(_lanes(torch.cuda.current_device() if torch.cuda.is_initialized() else None).map(function, items))
+
+
+@cache
+def _lanes(gpu: int | None) -> ThreadPoolExecutor:
+    """Threads that stay, as torch plans convolutions for each anew, and that compute as the thread of a worker does."""
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+
+    return ThreadPoolExecutor(LANES, initializer=begin)
 
 
 def _table_of(scales: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ def fit_scales(curves: Curves, precode: int) -> dict:
         for model in ("power", "upstream", "rate_phi"):
             fit = out[model][scale]
             if fit["flags"]:
-                flags, r2 = ", ".join(fit["flags"]), fit["r2"]
+                flags, r2 = ", ".join(fit["flags"]), fit["r2"] if fit["r2"] is None else round(fit["r2"], 3)
                 warnings.warn(f"{model} fit of scale {scale!r} is doubtful: {flags} (r2 {r2})", stacklevel=2)
     return out
 

@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,20 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms.functional import pil_to_tensor
 
 from stages.lib.files import atomic, picture
-from stages.lib.schema import InputError
+from stages.lib.schema import InputError, is_out_of_memory
 
+NORM_EPSILON = "norm_epsilon"  # key of a detector's file
 UNBUILT = "describes no network of this project"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.backends.cudnn.deterministic = True  # a receiver needs its sender's entropy parameters to the bit
+torch.backends.cudnn.allow_tf32 = False  # for 10 bits of what is float32 here: losses of good qualities are as small
 PIXELS_PER_PASS = 48 * 128**2  # of images whose maps pass a head together: enough to fill a GPU, flat in memory
+
+
+@cache
+def emulates_bfloat16() -> bool:
+    """As GPUs before Ampere do, slower than float32. Asking begins CUDA, which no fork survives: no import does it."""
+    return DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)
 
 
 class Sizes(NamedTuple):
@@ -98,6 +108,16 @@ def build(params: dict, num_classes: int, num_keypoints: int) -> FasterRCNN:
     return builder(weights=None, weights_backbone=None, **counts, **size)
 
 
+def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def set_norm_epsilon(model: nn.Module, checkpoint: dict) -> None:
+    """What batch normalisation adds to a variance: no layer holds it, and detectors differ in it."""
+    for norm in norms(model):
+        norm.eps = float(checkpoint.get(NORM_EPSILON, norm.eps))
+
+
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load `state` strictly; raises InputError that names the first layer that does not fit.
 
@@ -163,6 +183,8 @@ def naming(path: Path, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):  # of what the file says, or of what is left
+            raise InputError(f"{path}: out of memory ({error}); close other programs, or give another file") from None
         raise InputError(f"{path}: {what} ({type(error).__name__}); give another file") from error
 
 
@@ -191,6 +213,7 @@ def load_model(path: Path, params: dict) -> FasterRCNN:
     with naming(path, UNBUILT):
         model = build(params, checkpoint["num_classes"], checkpoint["num_keypoints"])
     load_weights(model, checkpoint["state"], str(path))
+    set_norm_epsilon(model, checkpoint)
     return model.eval().to(DEVICE).to(memory_format=torch.channels_last)  # twice as fast in the mask head on a CPU
 
 
@@ -218,4 +241,5 @@ def save_model(path: Path, model: FasterRCNN, num_classes: int, num_keypoints: i
     """Write what `load_model` reads. `half`: matrices as float16, half the bytes; what is saved is what is measured."""
     state = {k: v.half() if half and v.ndim > 1 else v for k, v in model.state_dict().items()}
     with atomic(path) as scratch:
-        torch.save({"state": state, "num_classes": num_classes, "num_keypoints": num_keypoints}, scratch)
+        about = {"num_classes": num_classes, "num_keypoints": num_keypoints, NORM_EPSILON: norms(model)[0].eps}
+        torch.save({"state": state} | about, scratch)

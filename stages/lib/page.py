@@ -27,7 +27,7 @@ from stages.lib.comparing import ANCHOR, HEROES, LABEL_AWARE, UNCODED, resampled
 from stages.lib.figures import BLACK, BLUE, GREEN, GREY, METHODS, ORANGE, OTHER_METHOD, PURPLE, SHADES, SKY, VERMILION
 from stages.lib.files import read_json
 from stages.lib.loss_rate import Curves, importance_labels
-from stages.lib.params import SCALES
+from stages.lib.params import PACKAGES, SCALES
 from stages.lib.tables import bd_cell
 
 SOURCES = Path(__file__).parent / "page"
@@ -36,10 +36,6 @@ DIGITS = 5  # significant ones, of every number in the page
 MOST_IMAGES = 200  # in a scatter of images; the numbers beside it are of all
 BINS = 24  # of a two-dimensional histogram, along each side
 LEDGER = ["bytes_latent", "bytes_hyper", "bytes_header", "bytes_range"]  # columns that add up to a record
-PACKAGES = (  # whose version can change a number
-    *("torch", "torchvision", "compressai", "constriction", "av", "pycocotools", "bjontegaard"),
-    *("numpy", "scipy", "pandas", "h5py", "pillow", "matplotlib"),
-)
 VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # that torch looks for, where a virtual machine shows them
 INK = "var(--ink)"  # of the page's text: black on paper, nearly white at night
 

@@ -32,6 +32,10 @@ COARSER = {"0": "1", "1": "2", "2": "3", "pool": "3"}  # scale -> what a receive
 COARSE_TO_FINE = ("3", "2", "1", "0", "pool")  # every scale after its coarser one
 SKIPPED = -1  # as phi: nothing is sent of a scale
 MAX_SIDE = 16384  # px, of an image; far above any that a detector is given, and a multiple of its padding, 32
+PACKAGES = (  # whose version can change a number
+    *("torch", "torchvision", "compressai", "constriction", "av", "pycocotools", "bjontegaard"),
+    *("numpy", "scipy", "pandas", "h5py", "pillow", "matplotlib"),
+)
 MOST_KEYS = 1000  # of a mapping in a YAML file; merges of merges can ask for any number
 TASKS = {"detection": "bbox", "segmentation": "segm", "keypoints": "keypoints"}  # task -> COCO's iouType
 ARCHITECTURES = {  # architecture -> the tasks that its heads serve

@@ -68,15 +68,18 @@ def compare(case: Case, repetitions: int) -> dict[str, Any]:
     both = found["ours"].merge(found["plain"], "left", KEY, suffixes=("", "_plain"))
     differences = {name: (both[name] - both[f"{name}_plain"]).abs() for name in ("coded", "loss")}
     equal = (differences["coded"] < TOLERANCE) & (differences["loss"] < TOLERANCE)
-    scales = len(SCALES) + len(COARSER)
+    evaluations = 1 + len(list(case.coded()))
+    variants = 2 + len(SCALES) - 1 + (len(SCALES) + len(COARSER)) * len(case.decoded)
+    times_plain = seconds["plain"] / seconds["ours"]
     return {
         "repetitions": repetitions,
         "images": len(case.images),
         "tasks": list(case.truth.coco),
-        "evaluations": 1 + len(list(case.coded())),  # of the plain loop
-        "variants": 2 + len(SCALES) - 1 + scales * len(case.decoded),
+        "evaluations": evaluations,  # of the plain loop
+        "variants": variants,
         "seconds": seconds,
-        "times_plain": seconds["plain"] / seconds["ours"],
+        "times_plain": times_plain,
+        "times_plain_each": times_plain * variants / evaluations,  # ours has those of skipped scales, too
         "equal": float(equal.mean()),
         "largest_difference": {name: float(values.max()) for name, values in differences.items()},
     }

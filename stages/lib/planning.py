@@ -194,7 +194,7 @@ def _run(stage: Any, folder: Path) -> Run:
 
 def become(command: str, folder: Path, workers: int = 0) -> None:
     """What a fork does to be the command of a stage."""
-    module, *arguments = shlex.split(command)[3:]  # PYTHONPATH=... python -m stages.<name> arguments
+    module, *arguments = shlex.split(command.partition(" -m ")[2])  # PYTHONPATH=... python -m stages.<name> arguments
     os.chdir(folder)
     os.environ["WORKERS"] = str(workers)
     os.environ.pop("RAY_ADDRESS", None)

@@ -1,8 +1,8 @@
 """Pyramids of `train` -> what a receiver puts in the place of a scale that is not sent, from the next coarser one.
 
 Skipping a scale is a quality below the lowest, SKIPPED, for no bits. A feature pyramid is built from coarse to fine:
-scale s holds the finer side of s + 1, so much of it can be told from there (on the default profile's scale 0 three
-quarters of the variance). Scale `pool` is a subsample of scale 3, which the receiver has; nothing tells of scale 3.
+scale s holds the finer side of s + 1, so much of it can be told from there (on the default profile's scale 0 four
+fifths of the variance). Scale `pool` is a subsample of scale 3, which the receiver has; nothing tells of scale 3.
 """
 
 from __future__ import annotations

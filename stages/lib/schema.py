@@ -7,7 +7,10 @@ from reprlib import Repr
 from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1  # of the whole numbers that count or measure something
-NO_MEMORY = "can't allocate memory", "std::bad_alloc", "could not create a primitive", "CUDA out of memory"
+NO_MEMORY = (
+    *("can't allocate memory", "std::bad_alloc", "could not create a primitive"),
+    *("CUDA out of memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "unable to find an engine"),
+)
 SHORT = Repr()  # of a value in a message; a file can hold one that is too long to print, or endless
 SHORT.maxstring = SHORT.maxother = 100
 

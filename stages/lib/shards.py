@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -25,13 +26,16 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import torch
 
 from stages.lib.files import atomic, disk_check
 from stages.lib.models import DEVICE
+from stages.lib.params import PACKAGES
 from stages.lib.progress import progress
 from stages.lib.schema import InputError, is_out_of_memory
 
@@ -43,6 +47,7 @@ RETRIES = 5  # of a shard whose Ray node is lost
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Load = Callable[[], Callable[[Item], Result]]  # must be picklable where workers are no forks: on GPUs and on Ray
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of all cores in a period, where a container has a limit
 
 
 def map_shards(
@@ -65,9 +70,13 @@ def map_shards(
 
 
 def map_in_memory(load: Load[Item, Result], items: Sequence[Item], name: str) -> list[Result]:
-    """The results in the order of the items; for work that is soon done again."""
+    """The results in the order of the items; for work that is soon done again.
+
+    Unlike that of shards it stays on this machine, and with a GPU in this process: `load` may hold what it likes, a
+    detector for example, as forks share it.
+    """
     numbered = list(enumerate(items))
-    found = execute(partial(_numbered, load), numbered, name)
+    found = execute(partial(_numbered, load), numbered, name, anywhere=False)
     return [result for _, result in sorted((item[0], result) for item, result in progress(found, name, len(numbered)))]
 
 
@@ -105,7 +114,12 @@ def _fingerprint(made_from: Any) -> str:
     code = sorted(Path(__file__).parent.parent.rglob("*.py"))
     about = [path.read_bytes() for path in code]
     about += [repr(_identity(part)).encode() for part in made_from]
-    about += [torch.__version__.encode(), str(DEVICE).encode()]
+    about += [f"{package} {version(package)}".encode() for package in PACKAGES]
+    fast = torch.cpu._is_avx512_bf16_supported()  # then networks compute in another type
+    kinds = {f"{torch.backends.cpu.get_cpu_capability()} {fast}"}
+    if DEVICE.type == "cuda":
+        kinds = {torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())}
+    about += [f"{DEVICE} {sorted(kinds)}".encode()]
     return hashlib.sha256(b"\0".join(about)).hexdigest()[:16]
 
 
@@ -120,7 +134,8 @@ def _writer(load: Callable[[], Callable[[Shard, Path], None]], paths: dict[str, 
     function = load()
 
     def write(shard: Shard) -> None:
-        with atomic(paths[shard.name]) as scratch:
+        # A node that Ray has lost may be alive, and still write the shard that is made elsewhere.
+        with atomic(paths[shard.name], f"{uuid4().hex}-") as scratch:
             function(shard, scratch)
 
     return write
@@ -134,17 +149,19 @@ def _numbered(load: Load[Item, Result]) -> Callable[[tuple[int, Item]], Result]:
 # ---------------------------------------------------------------- executors
 
 
-def execute(load: Load[Item, Result], items: Sequence[Item], name: str) -> Iterator[tuple[Item, Result]]:
+def execute(
+    load: Load[Item, Result], items: Sequence[Item], name: str, anywhere: bool = True
+) -> Iterator[tuple[Item, Result]]:
     """Every item with its result, as they are finished. What `function` raises is raised here; no item is begun then.
 
-    name: of the work, for the message of InputError when a worker is killed.
+    name: of the work, for the message of InputError when a worker is killed. anywhere: `load` is picklable.
     """
     if not items:
         return
     try:
-        if "RAY_ADDRESS" in os.environ:
-            yield from _on_ray(load, items)
-        elif count := workers():
+        if anywhere and "RAY_ADDRESS" in os.environ:
+            yield from _on_ray(load, items, name)
+        elif (count := workers()) and (anywhere or DEVICE.type == "cpu"):
             yield from _in_processes(load, items, min(count, len(items)), name)
         else:
             yield from _here(load, items)
@@ -160,11 +177,18 @@ def workers() -> int:
     text = os.environ.get("WORKERS")
     if text is None:
         if DEVICE.type == "cpu":  # small networks gain little from a second thread, all from a second process
-            return len(os.sched_getaffinity(0))
+            return cores()
         return torch.cuda.device_count() if torch.cuda.device_count() > 1 else 0
     if not text.isdecimal():
         raise InputError(f"WORKERS is {text!r}: it must be a whole number of at least 0; unset it for one per core")
     return int(text)
+
+
+def cores() -> int:
+    """How many of them this process may keep busy, its container's limit included."""
+    allowed = len(os.sched_getaffinity(0))
+    quota, period = QUOTA.read_text().split() if QUOTA.is_file() else ("max", "1")
+    return allowed if quota == "max" else min(allowed, max(math.ceil(int(quota) / int(period)), 1))
 
 
 def _here(load: Load[Item, Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
@@ -236,7 +260,7 @@ def _run(item: Any) -> Any:
     return _function(item)
 
 
-def _on_ray(load: Load[Item, Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
+def _on_ray(load: Load[Item, Result], items: Sequence[Item], name: str) -> Iterator[tuple[Item, Result]]:
     try:
         import ray
     except ImportError:
@@ -251,13 +275,18 @@ def _on_ray(load: Load[Item, Result], items: Sequence[Item]) -> Iterator[tuple[I
             address = os.environ["RAY_ADDRESS"]
             raise InputError(f"RAY_ADDRESS is {address!r}: no Ray cluster answers there ({error}); unset it") from None
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_run_on_ray)
+    # max_calls: what a worker has loaded is for all its shards; with a GPU, Ray would begin another for each.
+    task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(_run_on_ray)
     number, work = next(_jobs), ray.put(load)
     waiting = {task.remote((os.getpid(), number), work, os.getcwd(), item): item for item in items}
     try:
         while waiting:
             (finished,), _ = ray.wait(list(waiting))
             yield waiting.pop(finished), ray.get(finished)
+    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
+        why = str(error).partition("\n")[0]
+        remedy = "what is finished is kept: run the stage again, with fewer tasks at a time on a node"
+        raise InputError(f"{name}: Ray lost a worker {RETRIES + 1} times ({why}); {remedy}") from None
     finally:
         for left in waiting:
             ray.cancel(left)

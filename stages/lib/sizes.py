@@ -63,7 +63,7 @@ def size_table(
     areas: np.ndarray,
     importance: dict[str, np.ndarray],
 ) -> pd.DataFrame:
-    """What `evaluate` gives, `object_areas` [n] -> a row for each of SIZES, quantity and name.
+    """What `evaluate` gives, `object_areas` [n], images in rising id -> a row for each of SIZES, quantity and name.
 
     Columns size, n_images, area_low, area_high, quantity, name, value, ci_low, ci_high. Quantity bd_rate: of each of
     METHODS (name) against `uniform`, over these images alone; or one of `importance`, [n, 5], NaN where unknown: the
@@ -71,6 +71,8 @@ def size_table(
     """
     wanted = [i for i, (method, _) in enumerate(choices.points) if method in (ANCHOR, *METHODS)]
     part = Choices([choices.points[i] for i in wanted], {i: phi[wanted] for i, phi in choices.phi.items()})
+    rank = matches[UNCODED, 0].image_ids.argsort().argsort()  # a batch has images of one padded size: other orders
+    areas, importance = areas[rank], {quantity: values[rank] for quantity, values in importance.items()}
     rows = []
     for size, keep in by_size(areas).items():
         if not keep.any():
