@@ -339,13 +339,13 @@ def _rows(case: dict[str, Any]) -> list[list[str]]:
         sizes = coding["bytes"], coding["compressai_bytes"]
         text = f"{sizes[0]}, {sizes[1]} bytes"
         rows.append([f"strings, to compressai's{name}", text, f"{sizes[0] / sizes[1]:.4f}"])
-    cores = case["all_cores"]
-    if "note" in cores:
-        rows.append(["entropy coding on all cores", cores["note"]])
+    together = case["all_cores"]
+    if "note" in together:
+        rows.append(["entropy coding on all cores", together["note"]])
     else:
-        what = f"entropy coding by {cores['processes']} processes, to as many times one"
-        rows.append([what, f"{cores['seconds']['all']:.3f} s each", f"{cores['of_linear']:.2f}"])
-        rows[-1].append(f"near 1; SHA-256: {cores['of_linear_hash']:.2f}")
+        what = f"entropy coding by {together['processes']} processes, to as many times one"
+        rows.append([what, f"{together['seconds']['all']:.3f} s each", f"{together['of_linear']:.2f}"])
+        rows[-1].append(f"near 1; SHA-256: {together['of_linear_hash']:.2f}")
     return [[*key, *row] for row in rows]
 
 

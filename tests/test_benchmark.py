@@ -24,7 +24,7 @@ from stages.lib.models import DEVICE, Sizes
 from stages.lib.params import SCALES
 from stages.lib.planes import Packing
 from stages.lib.schema import InputError
-from stages.lib.shards import workers
+from stages.lib.shards import forks
 
 CHANNELS = 5
 TINY = {
@@ -166,7 +166,7 @@ def test_ratios_follow_from_the_times(report):
             assert times["both"] == approx(times["encode"] + times["decode"])
             assert ratio["both"] == approx(times["compressai_both"] / times["both"])
             assert coding["symbols_per_second"]["decode"] == approx(coding["symbols"] / times["decode"])
-        if workers():
+        if forks():
             cores = case["all_cores"]
             assert cores["of_linear"] == approx(cores["seconds"]["one"] / cores["seconds"]["all"])
             assert cores["of_linear_hash"] < 1.5
@@ -257,7 +257,7 @@ def test_other_numbers_from_an_entropy_decoder_raise(elic, monkeypatch):
         measure(elic, {"0": torch.randn(1, CHANNELS, 16, 16)}, 0.01, 1)
 
 
-@pytest.mark.skipif(not workers(), reason="on a GPU the work has no process of its own")
+@pytest.mark.skipif(not forks(), reason="on a GPU the work has no process of its own")
 def test_only_memory_that_ran_out_becomes_a_note():
     def fails(error: Exception):
         def run():

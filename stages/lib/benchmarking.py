@@ -33,7 +33,7 @@ from stages.lib.elic import Elic
 from stages.lib.learned import HYPER_STRIDE, LATENT_STRIDE, SCALE_TABLE, Code, Family, LearnedCodec
 from stages.lib.models import DEVICE
 from stages.lib.planes import pack
-from stages.lib.shards import map_in_memory, workers
+from stages.lib.shards import forks, map_in_memory
 from stages.lib.tcm import LicTcm
 
 MOST_NUMBERS = 1_000_000  # of the entropy coder's comparison
@@ -76,7 +76,6 @@ def measure(feature_codec: FeatureCodec, pyramid: dict[str, Tensor], lmbda: floa
         repetitions,
     )
     samples, (numbers, tables) = sum(plane.numel() for plane in planes), _joined(sum(calls.coder, []))
-    in_forks = workers() and DEVICE.type == "cpu"  # else all of them are this process
     many, rans = [Part(numbers[:MOST_NUMBERS], tables[:MOST_NUMBERS])], Rans(net)
     return {
         "repetitions": repetitions,
@@ -91,7 +90,7 @@ def measure(feature_codec: FeatureCodec, pyramid: dict[str, Tensor], lmbda: floa
         "times_plain": (seconds["plain_compress"] + seconds["plain_decompress"]) / seconds["encode"],
         "entropy_coding": entropy_coding(one._tables, rans, [many], repetitions),
         "entropy_coding_by_plane": entropy_coding(one._tables, rans, calls.coder, repetitions),
-        "all_cores": all_cores(one._tables, many, repetitions) if in_forks else {"note": "not measured"},
+        "all_cores": all_cores(one._tables, many, repetitions) if forks() else {"note": "not measured"},
     }
 
 
@@ -135,7 +134,7 @@ def all_cores(tables: Tables, parts: list[Part], repetitions: int) -> dict[str, 
         begin()  # all of them; and again after each run, when the slowest is done
         return timings({name: (run, lambda _: begin()) for name, run in runs.items()}, repetitions)
 
-    processes = workers()
+    processes = forks()
     barrier = multiprocessing.get_context("fork").Barrier(processes)
     together = map_in_memory(lambda: lambda _: medians(barrier.wait), range(processes), "all cores")
     alone, slowest = medians(lambda: None), {name: max(each[name] for each in together) for name in runs}

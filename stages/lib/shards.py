@@ -115,10 +115,11 @@ def _fingerprint(made_from: Any) -> str:
     about = [path.read_bytes() for path in code]
     about += [repr(_identity(part)).encode() for part in made_from]
     about += [f"{package} {version(package)}".encode() for package in PACKAGES]
-    fast = torch.cpu._is_avx512_bf16_supported()  # then networks compute in another type
-    kinds = {f"{torch.backends.cpu.get_cpu_capability()} {fast}"}
     if DEVICE.type == "cuda":
         kinds = {torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())}
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()  # then networks compute in another type
+        kinds = {f"{torch.backends.cpu.get_cpu_capability()} {fast}"}
     about += [f"{DEVICE} {sorted(kinds)}".encode()]
     return hashlib.sha256(b"\0".join(about)).hexdigest()[:16]
 
@@ -161,7 +162,7 @@ def execute(
     try:
         if anywhere and "RAY_ADDRESS" in os.environ:
             yield from _on_ray(load, items, name)
-        elif (count := workers()) and (anywhere or DEVICE.type == "cpu"):
+        elif count := workers() if anywhere else forks():
             yield from _in_processes(load, items, min(count, len(items)), name)
         else:
             yield from _here(load, items)
@@ -182,6 +183,11 @@ def workers() -> int:
     if not text.isdecimal():
         raise InputError(f"WORKERS is {text!r}: it must be a whole number of at least 0; unset it for one per core")
     return int(text)
+
+
+def forks() -> int:
+    """How many processes `map_in_memory` begins; 0: none but this one."""
+    return workers() if DEVICE.type == "cpu" else 0
 
 
 def cores() -> int:
