@@ -37,6 +37,11 @@ PAIRS = {
     "mfiba_skip": ("static_skip", "mfiba", "oracle_skip"),
     "mfiba": ("static", "upstream_measured", "oracle"),
 }
+DRAWS = {  # of all images -> results
+    "default profile": "reports",
+    "study": "profiles/study/reports",
+    "`prepare.seed: 2`": "reports/draws/seed2",
+}
 Rows = list[list[str]]  # cells; the first row is the header
 
 
@@ -126,6 +131,20 @@ def direct() -> Rows:
         for codec in points["codec"].unique():
             table.append([f"`{method}` against {named(other, other in LABEL_AWARE)}", codec])
             table[-1] += [f"{delta(cell, method, other):+.1f}" for cell in cells_of(points, codec)]
+    return table
+
+
+def draws() -> Rows:
+    table = [["percent, points", "codec", *DRAWS]]
+    for method, other in (("mfiba", None), ("mfiba_skip", None), ("mfiba", "static"), ("mfiba_skip", "static_skip")):
+        for codec in read("reports/bd_rate.csv")["codec"].unique():
+            table.append([f"`{method}`" + (f" minus `{other}`" if other else ""), codec])
+            for reports in DRAWS.values():
+                found = read(f"{reports}/{'paired' if other else 'bd_rate'}.csv")
+                found = found[(found["method"] == method) & (found["codec"] == codec)]
+                found = (found[found["other"] == other] if other else found).set_index("task")
+                values = found["difference" if other else "bd_rate_pchip"]
+                table[-1].append(" / ".join(f"{values[task]:.1f}" for task in TASKS if task in values))
     return table
 
 
@@ -223,6 +242,7 @@ TABLES = {  # name -> its rows, and how many of its columns hold text
     "paired": (paired, 2),
     "high_rates": (high_rates, 2),
     "direct": (direct, 2),
+    "draws": (draws, 2),
     "codecs": (codecs, 1),
     "codec_features": (codec_features, 1),
     "ablation": (ablation, 2),
@@ -295,6 +315,25 @@ def test_claims_about_high_rates_and_direct_comparisons_are_those_of_the_tables(
         ("% and {} to {} % less bits than the fixed choice", least_and_most(bits, "`mfiba` against `static`", TASKS)),
     ):
         assert claim.format(*found) in text, claim.format(*found)
+
+
+def test_claims_about_other_draws_are_those_of_their_tables() -> None:
+    text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
+    keys = ["method", "codec", "task"]
+    first, *others = (read(f"{reports}/bd_rate.csv").set_index(keys) for reports in DRAWS.values())
+    counts = []
+    for found in others:
+        both = first.join(found["bd_rate_pchip"], on=keys, rsuffix="_there", how="inner").loc[["mfiba", "mfiba_skip"]]
+        inside = both["bd_rate_pchip_there"].between(both["ci_low"], both["ci_high"])
+        counts += [inside.sum(), len(inside)]
+    claim = "of the study {} of {} lie inside the interval of the default profile, of the third draw {} of {}"
+    assert claim.format(*counts) in text, claim.format(*counts)
+    pairs = [read(f"{reports}/paired.csv").set_index(["method", "other"]) for reports in DRAWS.values()]
+    heroes = pd.concat(
+        [found.loc[pair] for found in pairs for pair in (("mfiba", "static"), ("mfiba_skip", "static_skip"))]
+    )
+    claim = "In {} of {} cells a difference to the fixed choice has its interval below 0"
+    assert claim.format((heroes["ci_high"] < 0).sum(), len(heroes)) in text, claim
 
 
 @pytest.mark.parametrize(("claim", "table", "rows"), CLAIMS, ids=[claim for claim, *_ in CLAIMS])
