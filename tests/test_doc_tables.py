@@ -328,7 +328,7 @@ def test_claims_about_other_draws_are_those_of_their_tables() -> None:
         counts += [inside.sum(), len(inside)]
     claim = "of the study {} of {} lie inside the interval of the default profile, of the third draw {} of {}"
     assert claim.format(*counts) in text, claim.format(*counts)
-    pairs = [read(f"{reports}/paired.csv").set_index(["method", "other"]) for reports in DRAWS.values()]
+    pairs = [read(f"{reports}/paired.csv").set_index(["method", "other"]).sort_index() for reports in DRAWS.values()]
     heroes = pd.concat(
         [found.loc[pair] for found in pairs for pair in (("mfiba", "static"), ("mfiba_skip", "static_skip"))]
     )
