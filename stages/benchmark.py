@@ -181,7 +181,7 @@ def apart(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        (found,) = map_in_memory(lambda: lambda _: call(), [None], "benchmark")
+        (found,) = map_in_memory(lambda _: call(), [None], "benchmark")
         return found
     except InputError as error:  # out of memory, or killed for it
         if "memory" in str(error):

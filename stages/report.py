@@ -94,11 +94,16 @@ def main(data: Path, reports: Path) -> None:
 
     compared = [comparing.compare(cell.points, cell.resamples) for cell in cells.values()]
     bd = pd.concat([found.bd for found in compared], ignore_index=True)
+    high = [comparing.compare(cell.points, cell.resamples, share=comparing.HIGH).bd for cell in cells.values()]
+    direct = [comparing.direct(cell.points, cell.resamples) for cell in cells.values()]
+    high_bd, direct_bd = pd.concat(high, ignore_index=True), pd.concat(direct, ignore_index=True)
     paired_bd = pd.concat([comparing.paired(found) for found in compared], ignore_index=True)
     codec_bd = comparing.codec_bd_rates(points, {key: cell.resamples for key, cell in cells.items()})
     write_csv(reports / "rd_points.csv", points)
     write_csv(reports / "bd_rate.csv", bd)
+    write_csv(reports / "high_bd_rate.csv", high_bd)
     write_csv(reports / "paired.csv", paired_bd)
+    write_csv(reports / "direct.csv", direct_bd)
     write_csv(reports / "codec_bd_rate.csv", codec_bd)
     write_csv(reports / "codec_feature_bd_rate.csv", comparing.feature_bd_rates(curves))
     for (task, codec), numbers in comparing.metrics(points, bd).items():
@@ -113,7 +118,10 @@ def main(data: Path, reports: Path) -> None:
     theirs = reported(params)
     for name, found in (
         ("rd_points", tables.rd_points_tables(points, theirs.points)),
-        ("bd_rate", tables.bd_rate_tables(points, bd, paired_bd, codec_bd, fits, mfip, theirs.bd_rate)),
+        (
+            "bd_rate",
+            tables.bd_rate_tables(points, bd, high_bd, paired_bd, direct_bd, codec_bd, fits, mfip, theirs.bd_rate),
+        ),
         ("bound", bound_tables.bound_tables(bounds)),
         ("ablation", ablation_tables.ablation_tables(ablations, sizes, rates)),
     ):
@@ -126,8 +134,10 @@ def main(data: Path, reports: Path) -> None:
         figures.additivity_figure(reports / "figures" / f"additivity_{task}_{codec}", task, codec, parts)
     content = page.common(list(points["method"].unique()), qualities) | {
         "cells": [
-            page.cell(*cell[:2], found.bd, cell.fit, cell.pixels, cell.test, cell.predicted, theirs.of(*key))
-            for (key, cell), found in zip(cells.items(), compared, strict=True)
+            page.cell(
+                *cell[:2], whole.bd, above, against, cell.fit, cell.pixels, cell.test, cell.predicted, theirs.of(*key)
+            )
+            for (key, cell), whole, above, against in zip(cells.items(), compared, high, direct, strict=True)
         ],
         "ledgers": {f"{model}, {codec}": page.ledger(lines) for (model, codec), lines in ledgers.items()},
         "sizes": {study: table.to_dict("records") for study, table in sizes.items()},

@@ -44,6 +44,10 @@ def write_evaluation(folder: Path, task: str) -> None:
 
     luck = rng.normal(1, 0.03, (RESAMPLES, 1))  # of the images that a resample draws: alike for all methods
     points.append(row("none", 0, 0, UNCODED[task]))
+    resamples += [
+        dict(zip(report.RESAMPLES, ("none", 0, r, 0, UNCODED[task] * luck[r, 0]), strict=True))
+        for r in range(RESAMPLES)
+    ]
     for method, factor in RATES.items():
         bits = np.geomspace(5e3, 9e4, 6 if method in ("uniform", "static") else 8)
         accuracy = UNCODED[task] * (1 - 0.55 * (5e3 / bits) ** 0.9)

@@ -30,6 +30,24 @@ def test_pchip_agrees_with_numeric_integration():
     assert result.overlap == approx((AP[-1] - accuracy[0]) / (AP[-1] - AP[0]))
 
 
+def test_accuracies_from_a_least_one_on_count_and_no_others():
+    bits, accuracy = RATE[1:] * np.array([0.9, 0.7, 0.8, 0.75, 0.6]), AP[1:] + 0.01
+    shared = np.linspace(0.35, AP[-1], 20_001)
+    gap = PchipInterpolator(accuracy, np.log10(bits))(shared) - PchipInterpolator(AP, np.log10(RATE))(shared)
+    curves = Curve(RATE, AP), Curve(bits, accuracy)
+    result = bd_rate(*curves, 0.35)
+    assert result.pchip == approx(100 * (10 ** gap.mean() - 1), abs=0.01) and result.pchip < bd_rate(*curves).pchip - 1
+    assert (result.overlap, result.n_points, result.flags) == (approx(1), 5, [])
+    assert bd_rate(*curves, 0.05) == bd_rate(*curves)
+    short = bd_rate(Curve(RATE, AP), Curve(bits[:-1], AP[1:-1]), 0.35)
+    assert short.overlap == approx(0.05 / 0.07) and short.flags == ["points<5", "overlap<0.75"]
+    rows = [np.stack([row] * 3) for row in (RATE, AP, bits, accuracy)]
+    least = np.array([0.05, 0.35, 0.5])
+    found = bd_rates_of_resamples(*rows, least)
+    assert found[:2] == approx([bd_rate(*curves).pchip, result.pchip]) and np.isnan(found[2])
+    assert bd_rate(*curves, 0.5).flags == ["no overlap"] and bd_rate(*curves, 0.5).overlap == 0
+
+
 def test_order_of_the_points_does_not_matter():
     shuffled = np.random.default_rng(0).permutation(6)
     anchor, test = Curve(RATE, AP), Curve(0.8 * RATE, AP + 0.005)

@@ -44,6 +44,54 @@ def test_a_paired_interval_holds_the_differences_of_the_same_resamples() -> None
         assert numbers.loc[other, ["ci_low", "ci_high"]].tolist() == approx(ends.tolist())
 
 
+def cell_of(curves: dict[str, tuple[np.ndarray, np.ndarray]], whole: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Method -> bits, accuracies, and the uncoded accuracy -> points.csv and bootstrap.csv, in which images differ."""
+    rng = np.random.default_rng(1)
+    parts = [
+        pd.DataFrame({"method": name, "point": range(len(bits)), "bits_per_image": bits, "accuracy": accuracy})
+        for name, (bits, accuracy) in {"none": (np.zeros(1), np.array([whole])), **curves}.items()
+    ]
+    points, resamples = pd.concat(parts, ignore_index=True), []
+    for r in range(40):
+        luck = rng.uniform(0.8, 1.2)
+        noise = np.where(points["method"] == "none", 1, rng.normal(1, 0.01, len(points)))
+        resamples.append(points.assign(resample=r, accuracy=points["accuracy"] * luck * noise))
+    return points.assign(task="detection", codec="elic"), pd.concat(resamples, ignore_index=True)
+
+
+BITS, ACCURACY = np.geomspace(4e3, 9e4, 33), np.linspace(0.1, 0.5, 33)
+
+
+def test_at_high_accuracy_only_the_rates_there_count() -> None:
+    # Half the bits up to 80 % of the uncoded accuracy, nine tenths from 90 % on.
+    factor = np.interp(ACCURACY, [0.4, 0.44], [0.5, 0.9])
+    points, resamples = cell_of({"uniform": (BITS, ACCURACY), "mfiba": (factor * BITS, ACCURACY)}, 0.5)
+    (whole,) = comparing.compare(points, resamples).bd.itertuples()
+    (high,) = comparing.compare(points, resamples, share=0.9).bd.itertuples()
+    assert whole.bd_rate_pchip < -40 and high.bd_rate_pchip == approx(-10, abs=2)
+    assert high.ci_low < high.bd_rate_pchip < high.ci_high < -1  # of each resample's own uncoded accuracy
+    assert list(high._fields) == list(whole._fields) and high.overlap == 1
+
+
+def test_high_accuracies_that_a_method_does_not_reach_have_no_bd_rate() -> None:
+    points, resamples = cell_of({"uniform": (BITS, ACCURACY), "mfiba": (BITS / 2, ACCURACY / 2)}, 0.5)
+    with pytest.warns(UserWarning, match="mfiba against uniform from 90% of the uncoded accuracy on, detection, elic"):
+        (high,) = comparing.compare(points, resamples, share=0.9).bd.itertuples()
+    assert np.isnan(high.bd_rate_pchip) and high.flags == "no overlap; resamples_failed:100%"
+
+
+def test_a_direct_comparison_has_the_other_method_as_its_anchor() -> None:
+    better = {"static": 0.8, "mfiba": 0.6, "oracle": 0.4}
+    curves = {"uniform": (BITS, ACCURACY)} | {name: (factor * BITS, ACCURACY) for name, factor in better.items()}
+    points, resamples = cell_of(curves, 0.5)
+    found = comparing.direct(points, resamples).set_index("anchor")
+    assert found["method"].to_dict() == {"static": "mfiba", "oracle": "mfiba"}
+    assert found["bd_rate_pchip"].to_numpy() == approx([-25, 50])
+    for row in found.itertuples():
+        assert row.ci_low < row.bd_rate_pchip < row.ci_high
+    assert comparing.direct(points[points["method"] != "mfiba"], resamples).empty
+
+
 def test_without_the_hero_nothing_is_paired() -> None:
     points = pd.DataFrame({"task": "detection", "codec": "elic", "method": ["uniform"] * 2, "point": [0, 1]})
     points = points.assign(bits_per_image=[1e3, 2e3], accuracy=[0.1, 0.2])

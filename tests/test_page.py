@@ -143,6 +143,9 @@ def test_a_curve_has_the_points_and_the_interval_of_its_resamples(made: tuple[Pa
         assert [curve["low"][2], curve["high"][2]] == approx(np.percentile(drawn, [2.5, 97.5]).tolist())
     found = {saving["method"]: saving for saving in cell["savings"]}
     assert [found["static"][name] for name in ("value", "low", "high")] == approx([-20] * 3)
+    (direct, *_) = cell["direct"]
+    assert (direct["method"], direct["anchor"]) == ("mfiba", "static") and -20 < direct["value"] < -5
+    assert [saving["method"] for saving in cell["high"]] == list(found)
     assert found["static"]["doubt"] == "" and found["mfiba"]["doubt"] == "without point 6, not monotone."
 
 
@@ -290,7 +293,11 @@ found.pressed = all("#examples .picker button").map((button) => button.getAttrib
 for (const section of ["#examples", "#models"]) change(all(`${section} select`)[0], "selectedIndex", 1);
 found.again = drawn().length;
 found.text = document.body.innerText;
-found.costs = all("#costs tr").map((row) => [...row.children].map((cell) => cell.textContent).join("|"));
+const cells = (row) => [...row.children].map((cell) => cell.textContent).join("|");
+const rows = (section) => all(`${section} tr`).map(cells);
+found.costs = rows("#costs");
+found.savings = rows("#savings");
+found.headline = all("#savings .headline span").map((line) => line.textContent);
 found.images = all("img").map((image) => image.getAttribute("src").slice(0, 15));
 parent.postMessage(JSON.stringify({...found, errors}), "*");
 }
@@ -332,6 +339,18 @@ def seen(request: pytest.FixtureRequest, content: dict[str, Any], tmp_path_facto
 def test_every_chart_is_drawn_without_an_error(seen: dict) -> None:
     assert seen["errors"] == [] and seen["console"] == []
     assert seen["charts"] == seen["drawn"] == seen["again"] == CHARTS + STUDIED
+
+
+def test_the_tables_of_savings_tell_high_accuracies_and_direct_comparisons(seen: dict, content: dict[str, Any]) -> None:
+    rows = seen["savings"]
+    assert len(rows) == 2 * len(RATES) + 3 and rows.count("method|Detection, ELIC|Segmentation, ELIC") == 3
+    assert rows.count("static|−20.0 [−20.0, −20.0]|n/a [n/a, n/a] ?") == 2
+    direct = content["cells"][0]["direct"][0]
+    numbers = (f"{direct[name]:.1f}".replace("-", "−") for name in ("value", "low", "high"))
+    assert "mfiba against static|{} [{}, {}] ?|n/a [n/a, n/a] ?".format(*numbers) in rows
+    (headline,) = seen["headline"]
+    assert headline.startswith("mfiba: −") and "in 1 of 2 cells; −" in headline
+    assert headline.endswith("% where at least 90 % of the uncoded accuracy is kept")
 
 
 def test_a_method_that_is_switched_off_has_no_curve(seen: dict) -> None:

@@ -30,7 +30,10 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run(folder)
     assert result.returncode == 0, result.stderr
     doubts = [line for line in result.stderr.splitlines() if "doubtful" in line]
-    assert any(line.startswith("Warning: BD-rate of oracle, segmentation, elic is doubtful: ") for line in doubts)
+    assert any(
+        line.startswith("Warning: BD-rate of oracle against uniform, segmentation, elic is doubtful: ")
+        for line in doubts
+    )
     assert len(doubts) == len(result.stderr.splitlines())
     return folder
 
@@ -50,6 +53,9 @@ def test_the_tables_keep_their_contract(profile: Path) -> None:
     paired = (profile / "reports/paired.csv").read_text().splitlines()
     assert paired[0] == "task,codec,method,other,difference,ci_low,ci_high"
     assert len(paired) == 1 + len(CELLS) * (len(RATES) - 2)
+    high, direct = read_csv(profile / "reports/high_bd_rate.csv"), read_csv(profile / "reports/direct.csv")
+    assert list(high) == list(direct) == list(bd) and high["method"].tolist() == bd["method"].tolist()
+    assert direct[["method", "anchor"]].to_numpy().tolist() == [["mfiba", "static"], ["mfiba", "oracle"]] * len(CELLS)
     for task in CELLS:
         assert list(bd.loc[bd["task"] == task, "method"]) == [method for method in RATES if method != "uniform"]
         read = read_csv(profile / f"data/evaluations/small/elic/{task}/points.csv")
@@ -81,6 +87,20 @@ def test_a_fifth_fewer_bits_are_minus_20_percent(profile: Path) -> None:
     assert mfiba["flags"] == "dropped:6" and mfiba["n_points"] == 7
 
 
+def test_high_accuracies_and_direct_comparisons(profile: Path) -> None:
+    high = read_csv(profile / "reports/high_bd_rate.csv").set_index(["task", "method"])
+    # All resamples of static and uniform are alike, and a fifth fewer bits are a fifth at every accuracy.
+    assert high.loc["detection", "static"][["bd_rate_pchip", "ci_low", "ci_high"]].tolist() == approx([-20] * 3)
+    direct = read_csv(profile / "reports/direct.csv").set_index(["task", "anchor"]).loc["detection"]
+    for anchor, low, high_end in (("static", -20, -5), ("oracle", 30, 50)):
+        row = direct.loc[anchor]
+        assert low < row["ci_low"] < row["bd_rate_pchip"] < row["ci_high"] < high_end
+    text = (profile / "reports/tables/bd_rate.md").read_text()
+    assert re.search(r"\| mfiba against oracle \* +\| +\d", text)
+    assert "elic, where at least 90% of the uncoded accuracy is kept" in text
+    assert "without point 6, not monotone" in text
+
+
 def test_a_paired_difference_is_that_of_the_bd_rates(profile: Path) -> None:
     bd = read_csv(profile / "reports/bd_rate.csv").set_index(["task", "method"])["bd_rate_pchip"]
     paired = read_csv(profile / "reports/paired.csv")
@@ -100,7 +120,8 @@ def test_a_model_that_finds_nothing_is_reported_as_such(profile: Path) -> None:
     assert rows[["bd_rate_pchip", "bd_rate_akima", "ci_low", "ci_high"]].isna().all(axis=None)
     assert rows["flags"].str.contains("too few points; resamples_failed:100%").all()
     text = (profile / "reports/tables/bd_rate.md").read_text()
-    assert len(re.findall(r" n/a \(1\) \|", text)) == len(rows)
+    # in bd_rate.csv and high_bd_rate.csv, and of the two in direct.csv
+    assert len(re.findall(r" n/a \(\d\) \|", text)) == 2 * len(rows) + 2
     assert len(re.findall(r" n/a \[n/a, n/a\] \|", text)) == len(rows) - 1  # paired
     assert "(1) Doubtful: no BD-rate: fewer than two points" in text
 

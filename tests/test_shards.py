@@ -197,7 +197,7 @@ def test_with_a_gpu_what_stays_in_memory_stays_in_this_process(monkeypatch):
     monkeypatch.setenv("WORKERS", "2")
     monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     here = []
-    assert map_in_memory(lambda: lambda item: here.append(item) or os.getpid(), [1, 2], "work") == [os.getpid()] * 2
+    assert map_in_memory(lambda item: here.append(item) or os.getpid(), [1, 2], "work") == [os.getpid()] * 2
     assert here == [1, 2]
 
 
@@ -212,19 +212,19 @@ def test_bad_input_found_by_a_worker_is_raised_here(monkeypatch, count):
         raise InputError(f"shard {item}: bad")
 
     with pytest.raises(InputError, match="^shard 5: bad$"):
-        map_in_memory(lambda: refuse, [5], "work")
+        map_in_memory(refuse, [5], "work")
 
 
 def test_results_in_memory_come_in_the_order_of_the_items(monkeypatch):
     for count in ("0", "3"):
         monkeypatch.setenv("WORKERS", count)
-        assert map_in_memory(lambda: lambda item: item**2, range(20), "work") == [k**2 for k in range(20)]
+        assert map_in_memory(lambda item: item**2, range(20), "work") == [k**2 for k in range(20)]
 
 
 def test_a_killed_worker_is_told_with_a_remedy(monkeypatch):
     monkeypatch.setenv("WORKERS", "2")
     with pytest.raises(InputError, match="work: a worker was killed.*WORKERS=1"):
-        map_in_memory(lambda: lambda _: os.kill(os.getpid(), signal.SIGKILL), [0, 1], "work")
+        map_in_memory(lambda _: os.kill(os.getpid(), signal.SIGKILL), [0, 1], "work")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
@@ -236,7 +236,7 @@ def test_out_of_memory_is_told_with_a_remedy(monkeypatch, error, count):
         raise error
 
     with pytest.raises(InputError, match="work: out of memory.*WORKERS"):
-        map_in_memory(lambda: fail, [0], "work")
+        map_in_memory(fail, [0], "work")
 
 
 @pytest.mark.parametrize("ask", [torch.ones, np.ones, bytearray])
@@ -250,7 +250,7 @@ def test_a_worker_that_gets_no_more_memory_says_so(monkeypatch, ask):
         ask(2**30)
 
     with pytest.raises(InputError, match="work: out of memory.*WORKERS"):
-        map_in_memory(lambda: need_more, [0], "work")
+        map_in_memory(need_more, [0], "work")
 
 
 @pytest.mark.parametrize("begun", [0, 1, 2])
@@ -265,7 +265,7 @@ def test_a_machine_that_begins_no_more_processes_says_so(monkeypatch, begun):
     monkeypatch.setenv("WORKERS", "3")
     monkeypatch.setattr(os, "fork", fork_or_fail)
     with pytest.raises(InputError, match="work: no 3 processes can be begun here .*WORKERS=1"):
-        map_in_memory(lambda: lambda item: item, range(5), "work")
+        map_in_memory(lambda item: item, range(5), "work")
     assert not multiprocessing.active_children()
 
 
@@ -276,14 +276,14 @@ def test_other_errors_stay_what_they_are(monkeypatch):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        map_in_memory(lambda: fail, [0], "work")
+        map_in_memory(fail, [0], "work")
 
 
 @pytest.mark.parametrize("text", ["two", "-1", "1.5", ""])
 def test_a_number_of_workers_that_is_none_is_refused(monkeypatch, text):
     monkeypatch.setenv("WORKERS", text)
     with pytest.raises(InputError, match="WORKERS is"):
-        map_in_memory(lambda: lambda _: None, [0], "work")
+        map_in_memory(lambda _: None, [0], "work")
 
 
 def test_a_disk_too_small_for_the_other_shards_is_told_after_the_first(tmp_path, monkeypatch):

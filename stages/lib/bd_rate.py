@@ -49,9 +49,10 @@ def pareto(bits: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
     return order[accuracy[order] > best_before]
 
 
-def bd_rate(anchor: Curve, test: Curve) -> BdRate:
+def bd_rate(anchor: Curve, test: Curve, least: float = -np.inf) -> BdRate:
     """Rate of `test` against `anchor` at equal accuracy, percent. Degenerate curves give NaN and a flag, no error.
 
+    least: only accuracies from this one on count, for the overlap too. The curves are interpolated whole.
     Flags: `dropped:0 3` and `anchor_dropped:1` (indices of the points that `pareto` removed), `points<5`,
     `overlap<0.75`, `too few points`, `no overlap`.
     """
@@ -63,7 +64,7 @@ def bd_rate(anchor: Curve, test: Curve) -> BdRate:
             flags.append(f"{name}:{' '.join(map(str, gone))}")
     anchor, test = _points(anchor, keep_anchor), _points(test, keep_test)
     fewest = min(len(keep_anchor), len(keep_test))
-    overlap = _overlap(anchor, test)
+    overlap = _overlap(anchor, test, least)
     if fewest < MIN_POINTS:
         return BdRate(np.nan, np.nan, overlap, len(keep_test), [*flags, "too few points"])
     if overlap == 0:
@@ -72,7 +73,8 @@ def bd_rate(anchor: Curve, test: Curve) -> BdRate:
         flags.append(f"points<{GOOD_POINTS}")
     if overlap < GOOD_OVERLAP:
         flags.append(f"overlap<{GOOD_OVERLAP}")
-    return BdRate(_delta(anchor, test, "pchip"), _delta(anchor, test, "akima"), overlap, len(keep_test), flags)
+    pchip, akima = (_delta(anchor, test, least, method) for method in ("pchip", "akima"))
+    return BdRate(pchip, akima, overlap, len(keep_test), flags)
 
 
 def interval_of(deltas: np.ndarray) -> Interval:
@@ -88,14 +90,23 @@ def interval_of(deltas: np.ndarray) -> Interval:
 
 
 def bd_rates_of_resamples(
-    anchor_bits: np.ndarray, anchor_accuracy: np.ndarray, bits: np.ndarray, accuracy: np.ndarray
+    anchor_bits: np.ndarray,
+    anchor_accuracy: np.ndarray,
+    bits: np.ndarray,
+    accuracy: np.ndarray,
+    least: np.ndarray | None = None,
 ) -> np.ndarray:
-    """[B, P] twice, [B, P2] twice -> pchip BD-rates [B], percent; NaN where the curves share too little."""
+    """[B, P] twice, [B, P2] twice -> pchip BD-rates [B], percent; NaN where the curves share too little.
+
+    least [B]: as in `bd_rate`; None for all accuracies.
+    """
     deltas = []
-    for anchor_b, test_b in zip(map(Curve, anchor_bits, anchor_accuracy), map(Curve, bits, accuracy), strict=True):
+    floors = np.full(len(bits), -np.inf) if least is None else least
+    curves = zip(map(Curve, anchor_bits, anchor_accuracy), map(Curve, bits, accuracy), floors, strict=True)
+    for anchor_b, test_b, floor in curves:
         anchor, test = _points(anchor_b, pareto(*anchor_b)), _points(test_b, pareto(*test_b))
-        usable = min(len(anchor.bits), len(test.bits)) >= MIN_POINTS and _overlap(anchor, test) > 0
-        deltas.append(_delta(anchor, test, "pchip") if usable else np.nan)
+        usable = min(len(anchor.bits), len(test.bits)) >= MIN_POINTS and _overlap(anchor, test, floor) > 0
+        deltas.append(_delta(anchor, test, floor, "pchip") if usable else np.nan)
     return np.array(deltas)
 
 
@@ -103,14 +114,24 @@ def _points(curve: Curve, keep: np.ndarray) -> Curve:
     return Curve(np.asarray(curve.bits, float)[keep], np.asarray(curve.accuracy, float)[keep])
 
 
-def _overlap(anchor: Curve, test: Curve) -> float:
-    """Accuracies that both reach / the anchor's, for curves that `pareto` has sorted."""
+def _overlap(anchor: Curve, test: Curve, least: float) -> float:
+    """Accuracies from `least` on that both reach / the anchor's, for curves that `pareto` has sorted."""
     if min(len(anchor.bits), len(test.bits)) < MIN_POINTS:
         return 0.0
-    low, high = max(anchor.accuracy[0], test.accuracy[0]), min(anchor.accuracy[-1], test.accuracy[-1])
-    return float(max(high - low, 0) / (anchor.accuracy[-1] - anchor.accuracy[0]))
+    of_anchor = anchor.accuracy[-1] - max(anchor.accuracy[0], least)
+    low, high = _shared(anchor, test, least)
+    return float(max(high - low, 0) / of_anchor) if of_anchor > 0 else 0.0
 
 
-def _delta(anchor: Curve, test: Curve, method: str) -> float:
-    # min_overlap=0 silences the package's warning: the overlap is a column and a flag of its own.
-    return float(bjontegaard_bd_rate(*anchor, *test, method=method, require_matching_points=False, min_overlap=0))
+def _shared(anchor: Curve, test: Curve, least: float) -> tuple[float, float]:
+    return max(anchor.accuracy[0], test.accuracy[0], least), min(anchor.accuracy[-1], test.accuracy[-1])
+
+
+def _delta(anchor: Curve, test: Curve, least: float, method: str) -> float:
+    # The package integrates over all that both reach. min_overlap=0 silences its warning: the overlap is a column.
+    _, of_anchor, of_test = bjontegaard_bd_rate(
+        *anchor, *test, method=method, require_matching_points=False, interpolators=True, min_overlap=0
+    )
+    low, high = _shared(anchor, test, least)
+    mean = (of_test.integrate(low, high) - of_anchor.integrate(low, high)) / (high - low)
+    return float((10**mean - 1) * 100)

@@ -136,7 +136,7 @@ def all_cores(tables: Tables, parts: list[Part], repetitions: int) -> dict[str, 
 
     processes = forks()
     barrier = multiprocessing.get_context("fork").Barrier(processes)
-    together = map_in_memory(lambda: lambda _: medians(barrier.wait), range(processes), "all cores")
+    together = map_in_memory(lambda _: medians(barrier.wait), range(processes), "all cores")
     alone, slowest = medians(lambda: None), {name: max(each[name] for each in together) for name in runs}
     return {
         "processes": processes,

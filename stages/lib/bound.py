@@ -130,7 +130,7 @@ def bound(
             enumerate_tuples(np.intersect1d(image_ids, enumerated), all_prices[len(price) :], curves, loss),
         )
 
-    parts = map_in_memory(lambda: study, list(features.batches()), f"bound {task}")
+    parts = map_in_memory(study, list(features.batches()), f"bound {task}")
     phi = {i: of_image for part in parts for i, of_image in part.phi.items()}
     bits = bits_of(coded, list(lambdas), features)
 

@@ -31,6 +31,9 @@ BD_RATE = [
 ]
 HEROES = ("mfiba", "mfiba_skip")  # they are compared with every other method
 HEADLINE = (*HEROES, "static", "static_skip")  # and with these above all
+# Anchor: the hero that is compared with it directly.
+DIRECT = {"static_skip": "mfiba_skip", "static": "mfiba", "oracle_skip": "mfiba_skip", "oracle": "mfiba"}
+HIGH = 0.9  # of the uncoded accuracy: what most users would not go below
 RESAMPLES_FAILED = "resamples_failed"
 
 
@@ -48,27 +51,34 @@ class Compared(NamedTuple):
     deltas: dict[str, np.ndarray]  # method -> BD-rate of each resample, NaN where there is none
 
 
-def compare(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = ANCHOR) -> Compared:
+def compare(points: pd.DataFrame, resamples: pd.DataFrame, anchor_name: str = ANCHOR, share: float = 0) -> Compared:
     """points.csv and bootstrap.csv of one cell -> BD-rates of every method against the anchor.
 
     Resample r of the method and of the anchor have the same images, so their noise cancels in the interval.
+    share: only accuracies of at least this share of the uncoded one count, in a resample of that of its images.
     """
     curves = {
         method: Curve(rows["bits_per_image"].to_numpy(), rows["accuracy"].to_numpy())
         for method, rows in points.sort_values("point", kind="stable").groupby("method", sort=False)
     }
     anchor, anchor_resamples = curves[anchor_name], resampled(resamples, anchor_name)
+    least, least_of_resamples = -np.inf, None
+    if share:
+        least = share * curves[UNCODED].accuracy.item()
+        least_of_resamples = share * resampled(resamples, UNCODED)[1][:, 0]
     task, codec = points[["task", "codec"]].iloc[0]
     rows, deltas = [], {}
     for method in points["method"].unique():
         if method in (anchor_name, UNCODED):
             continue
-        found = bd_rate(anchor, curves[method])
-        deltas[method] = bd_rates_of_resamples(*anchor_resamples, *resampled(resamples, method))
+        found = bd_rate(anchor, curves[method], least)
+        deltas[method] = bd_rates_of_resamples(*anchor_resamples, *resampled(resamples, method), least_of_resamples)
         low, high, failed = interval_of(deltas[method])
         flags = found.flags + ([f"{RESAMPLES_FAILED}:{failed:.0%}"] if failed else [])
         if flags:
-            warnings.warn(f"BD-rate of {method}, {task}, {codec} is doubtful: {'; '.join(flags)}", stacklevel=2)
+            from_on = f" from {share:.0%} of the uncoded accuracy on" if share else ""
+            named = f"{method} against {anchor_name}{from_on}, {task}, {codec}"
+            warnings.warn(f"BD-rate of {named} is doubtful: {'; '.join(flags)}", stacklevel=2)
         rows.append(
             {
                 "task": task,
@@ -102,6 +112,20 @@ def paired(compared: Compared, heroes: Iterable[str] = HEROES) -> pd.DataFrame:
                 key = (*found.loc[hero, ["task", "codec"]], hero, other)
                 rows.append((*key, found["bd_rate_pchip"][hero] - found["bd_rate_pchip"][other], low, high))
     return pd.DataFrame(rows, columns=["task", "codec", "method", "other", "difference", "ci_low", "ci_high"])
+
+
+def direct(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
+    """points.csv and bootstrap.csv of one cell -> each hero of DIRECT with the other method as its anchor.
+
+    Rows as in bd_rate.csv; percent of the other's bits, over the accuracies that these two reach, which is not the
+    difference of their BD-rates against a third.
+    """
+    found = [pd.DataFrame(columns=BD_RATE)]
+    for anchor, hero in DIRECT.items():
+        if {anchor, hero} <= set(points["method"]):
+            part = points[points["method"].isin([anchor, hero])]
+            found.append(compare(part, resamples, anchor).bd)
+    return pd.concat([frame for frame in found if len(frame)] or found, ignore_index=True)
 
 
 def codec_bd_rates(points: pd.DataFrame, resamples: dict[tuple[str, str], pd.DataFrame]) -> pd.DataFrame:
@@ -165,9 +189,9 @@ def check_cell(points: pd.DataFrame, resamples: pd.DataFrame, folder: str) -> No
     for method, wanted in ((ANCHOR, "the anchor"), (UNCODED, "the uncoded accuracy")):
         if not (points["method"] == method).any():
             raise InputError(f"{folder}/points.csv has no rows of {method!r}, {wanted}; {remedy}")
-    coded = points.loc[points["method"] != UNCODED, ["method", "point"]]
-    wanted = coded.merge(pd.Series(resamples["resample"].unique(), name="resample"), how="cross")
-    there = resamples.loc[resamples["method"] != UNCODED, list(wanted)]
+    resample = pd.Series(resamples["resample"].unique(), name="resample")
+    wanted = points[["method", "point"]].merge(resample, how="cross")
+    there = resamples[list(wanted)]
     odd = pd.MultiIndex.from_frame(wanted).symmetric_difference(pd.MultiIndex.from_frame(there))
     if len(odd) or len(wanted) != len(there):
         named = f", first {odd[0]}" if len(odd) else ""

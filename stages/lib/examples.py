@@ -142,7 +142,7 @@ def illustrate(
                 shown[task] = _example(cell, row, phi, [found[v] for v in variants], truth.coco[task], task)
         return shown
 
-    shown = dict(zip(wanted, map_in_memory(lambda: show, wanted, "illustrate"), strict=True))
+    shown = dict(zip(wanted, map_in_memory(show, wanted, "illustrate"), strict=True))
     return {
         task: {
             "method": METHOD,

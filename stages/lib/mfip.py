@@ -119,7 +119,7 @@ def described(features: Features, proposer: nn.Module) -> list[tuple[list[int], 
         return describe(pyramid, proposer).cpu().numpy()
 
     batches = list(features.batches())
-    return list(zip(batches, map_in_memory(lambda: of_batch, batches, "describe"), strict=True))
+    return list(zip(batches, map_in_memory(of_batch, batches, "describe"), strict=True))
 
 
 def variance(statistics: np.ndarray) -> np.ndarray:

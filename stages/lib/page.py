@@ -23,7 +23,7 @@ from stages.lib.allocation import Importance
 from stages.lib.bd_rate import INTERVAL_PERCENTILES
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.bound_tables import describe, parts_of
-from stages.lib.comparing import ANCHOR, HEROES, LABEL_AWARE, UNCODED, resampled
+from stages.lib.comparing import ANCHOR, HEROES, HIGH, LABEL_AWARE, UNCODED, resampled
 from stages.lib.figures import BLACK, BLUE, GREEN, GREY, METHODS, ORANGE, OTHER_METHOD, PURPLE, SHADES, SKY, VERMILION
 from stages.lib.files import read_json
 from stages.lib.loss_rate import Curves, importance_labels
@@ -65,6 +65,7 @@ def common(methods: list[str], qualities: list[str]) -> dict[str, Any]:
             for name, (colour, marker) in look.items()
         },
         "anchor": ANCHOR,
+        "high": HIGH,
         "heroes": [name for name in HEROES if name in methods],
         "scales": SCALES,
         "qualities": qualities,
@@ -85,14 +86,17 @@ def cell(
     points: pd.DataFrame,
     resamples: pd.DataFrame,
     bd: pd.DataFrame,
+    high_bd: pd.DataFrame,
+    direct_bd: pd.DataFrame,
     fit: dict,
     pixels: dict[str, float],
     test: Curves,
     predicted: Importance,
     references: dict[str, float],
 ) -> dict[str, Any]:
-    """One task and codec. points.csv, bootstrap.csv, rows of bd_rate.csv; `fit_scales`, pixels of the planes; curves of
-    test and what MFIP predicts of its images. references: name -> BD-rate that others report, of comparable data."""
+    """One task and codec. points.csv, bootstrap.csv; rows of bd_rate.csv, high_bd_rate.csv, direct.csv; `fit_scales`,
+    pixels of the planes; curves of test and what MFIP predicts of its images. references: name -> BD-rate that others
+    report, of comparable data."""
     uncoded = points[points["method"] == UNCODED].iloc[0]
     about = ["task", "codec", "accuracy_name", "n_images", "split"]
     return {
@@ -103,6 +107,8 @@ def cell(
             for method, rows in points[points["method"] != UNCODED].groupby("method", sort=False)
         },
         "savings": [_saving(row) for _, row in bd.iterrows()],
+        "high": [_saving(row) for _, row in high_bd.iterrows()],
+        "direct": [_saving(row) for _, row in direct_bd.iterrows()],
         "references": references,
         "scales": {scale: _scale(fit, scale, pixels[scale]) for scale in SCALES},
         "n_fit": fit["n_labelled"],
@@ -125,7 +131,7 @@ def _saving(row: pd.Series) -> dict[str, Any]:
     notes: dict[str, int] = {}
     bd_cell(row.fillna({"flags": ""}), notes)
     numbers = {"value": row["bd_rate_pchip"], "low": row["ci_low"], "high": row["ci_high"]}
-    return {"method": row["method"], **numbers, "doubt": " ".join(notes)}
+    return {"method": row["method"], "anchor": row["anchor"], **numbers, "doubt": " ".join(notes)}
 
 
 def _scale(fit: dict, scale: str, pixels: float) -> dict[str, Any]:

@@ -61,4 +61,4 @@ def gradients_of(features: Features, model: FasterRCNN) -> np.ndarray:
 
     batches = list(features.batches())
     order = np.argsort(np.concatenate(batches))
-    return np.concatenate(map_in_memory(lambda: of_batch, batches, f"gradients {features.split}"))[order].astype(float)
+    return np.concatenate(map_in_memory(of_batch, batches, f"gradients {features.split}"))[order].astype(float)

@@ -69,14 +69,14 @@ def map_shards(
     return list(paths.values())
 
 
-def map_in_memory(load: Load[Item, Result], items: Sequence[Item], name: str) -> list[Result]:
+def map_in_memory(function: Callable[[Item], Result], items: Sequence[Item], name: str) -> list[Result]:
     """The results in the order of the items; for work that is soon done again.
 
-    Unlike that of shards it stays on this machine, and with a GPU in this process: `load` may hold what it likes, a
-    detector for example, as forks share it.
+    Unlike that of shards it stays on this machine, and with a GPU in this process: `function` may hold what it likes,
+    a detector for example, as forks share it.
     """
     numbered = list(enumerate(items))
-    found = execute(partial(_numbered, load), numbered, name, anywhere=False)
+    found = execute(lambda: lambda pair: function(pair[1]), numbered, name, anywhere=False)
     return [result for _, result in sorted((item[0], result) for item, result in progress(found, name, len(numbered)))]
 
 
@@ -140,11 +140,6 @@ def _writer(load: Callable[[], Callable[[Shard, Path], None]], paths: dict[str, 
             function(shard, scratch)
 
     return write
-
-
-def _numbered(load: Load[Item, Result]) -> Callable[[tuple[int, Item]], Result]:
-    function = load()
-    return lambda item: function(item[1])
 
 
 # ---------------------------------------------------------------- executors

@@ -11,16 +11,16 @@ import pandas as pd
 from tabulate import tabulate
 
 from stages.lib.bd_rate import GOOD_OVERLAP, GOOD_POINTS
-from stages.lib.comparing import ANCHOR, CODEC_ANCHOR, LABEL_AWARE, RESAMPLES_FAILED, UNCODED, context_of
+from stages.lib.comparing import ANCHOR, CODEC_ANCHOR, HIGH, LABEL_AWARE, RESAMPLES_FAILED, UNCODED, context_of
 from stages.lib.params import SCALES, TASKS
 
 NOT_AVAILABLE = "n/a"
 NO_BD_RATE = "no BD-rate: "
 REASONS = {  # flag -> what its footnote says
     "dropped": "without point {detail}, not monotone",
-    "anchor_dropped": f"without point {{detail}} of {ANCHOR}, not monotone",
+    "anchor_dropped": "without point {detail} of {anchor}, not monotone",
     f"points<{GOOD_POINTS}": f"fewer than {GOOD_POINTS} points on one of the curves",
-    f"overlap<{GOOD_OVERLAP}": f"the curves share only {{overlap:.0%}} of the accuracies of {ANCHOR}",
+    f"overlap<{GOOD_OVERLAP}": "the curves share only {overlap:.0%} of the accuracies of {anchor}",
     "too few points": f"{NO_BD_RATE}fewer than two points of rising accuracy on one of the curves",
     "no overlap": f"{NO_BD_RATE}the curves share no accuracy",
     RESAMPLES_FAILED: "{detail} of the resamples gave no BD-rate",
@@ -38,7 +38,9 @@ class Table(NamedTuple):
 def bd_rate_tables(
     points: pd.DataFrame,
     bd: pd.DataFrame,
+    high_bd: pd.DataFrame,
     paired_bd: pd.DataFrame,
+    direct_bd: pd.DataFrame,
     codec_bd: pd.DataFrame,
     fits: dict[tuple[str, str], dict],
     mfip: dict[tuple[str, str], dict],
@@ -50,10 +52,12 @@ def bd_rate_tables(
     """
     return [
         *(_bd_rate_table(codec, rows, paper) for codec, rows in bd.groupby("codec", sort=False)),
+        *(_high_table(codec, rows) for codec, rows in high_bd.groupby("codec", sort=False)),
         *(
             _paired_table(codec, hero, rows)
             for (codec, hero), rows in paired_bd.groupby(["codec", "method"], sort=False)
         ),
+        *(_direct_table(codec, rows) for codec, rows in direct_bd.groupby("codec", sort=False)),
         *([_codec_table(codec_bd)] if len(codec_bd) else []),
         _context_table(points),
         _fit_table(fits),
@@ -129,6 +133,20 @@ def _bd_rate_table(codec: str, bd: pd.DataFrame, paper: dict[tuple[str, str], fl
     return table
 
 
+def _high_table(codec: str, high_bd: pd.DataFrame) -> Table:
+    title = (
+        f"The same, codec {codec}, where at least {HIGH:.0%} of the uncoded accuracy is kept: "
+        f"BD-rate against {ANCHOR}, percent"
+    )
+    return comparison(title, high_bd, f"A resample's accuracies count from {HIGH:.0%} of its own uncoded one on.")
+
+
+def _direct_table(codec: str, direct_bd: pd.DataFrame) -> Table:
+    title = f"BD-rate of one method with another as the anchor, codec {codec}: percent of the other's bits"
+    named = direct_bd["method"] + " against " + direct_bd["anchor"].map(_named)
+    return comparison(title, direct_bd.assign(method=named), label_aware_note())
+
+
 def _authors_table(task: str, codec: str, points: pd.DataFrame) -> Table:
     return Table(
         f"Points that the paper's authors publish: {task}, {codec}, first 2,000 images of val2017",
@@ -165,7 +183,8 @@ def bd_cell(row: pd.Series, notes: dict[str, int]) -> str:
     reasons = []
     for flag in filter(None, row["flags"].split("; ")):
         name, _, detail = flag.partition(":")
-        reasons.append(REASONS[name].format(detail=detail.replace(" ", ", "), overlap=row["overlap"]))
+        known = {"overlap": row["overlap"], "anchor": row["anchor"]}
+        reasons.append(REASONS[name].format(detail=detail.replace(" ", ", "), **known))
     available = not np.isnan(row["bd_rate_pchip"])
     if not available:
         reasons = [reason for reason in reasons if reason.startswith(NO_BD_RATE)]  # the others follow from it

@@ -7,19 +7,36 @@ function drawSavings() {
   const section = find("#savings");
   find(".headline", section).append(...data.heroes.toReversed().map((name) => html("span", {}, headline(name))));
   for (const task of new Set(data.cells.map((cell) => cell.task))) savingsOf(find(".grid", section), task);
-  const named = Object.keys(methods).filter((name) => data.cells.some((cell) => savingOf(cell, name)));
-  const text = (saving) => (saving ? `${interval(saving)}${saving.doubt ? " ?" : ""}` : "");
-  const rows = named.map((name) => [shown(name), ...data.cells.map((cell) => text(savingOf(cell, name)))]);
-  find("details", section).append(tableOf(["method", ...data.cells.map(cellName)], rows));
+  find("details", section).append(
+    savingTable("savings", `BD-rate against ${data.anchor}, percent`, ({ method }) => shown(method)),
+    savingTable("high", `The same ${kept()}`, ({ method }) => shown(method)),
+    savingTable(
+      "direct",
+      "One method with another as the anchor: percent of the other's bits, over the accuracies that these two reach",
+      ({ method, anchor }) => `${shown(method)} against ${shown(anchor)}`,
+    ),
+  );
 }
 
-const savingOf = (cell, name) => cell.savings.find((saving) => saving.method === name);
 const interval = ({ value, low, high }) => `${fixed(value, 1)} [${fixed(low, 1)}, ${fixed(high, 1)}]`;
+const kept = () => `where at least ${whole(100 * data.high)} % of the uncoded accuracy is kept`;
+
+// part: of a cell; a row for each name, a column for each cell.
+function savingTable(part, title, nameOf) {
+  const found = data.cells.map((cell) => new Map(cell[part].map((saving) => [nameOf(saving), saving])));
+  const text = (saving) => (saving ? `${interval(saving)}${saving.doubt ? " ?" : ""}` : "");
+  const names = new Set(found.flatMap((savings) => [...savings.keys()]));
+  const rows = [...names].map((name) => [name, ...found.map((savings) => text(savings.get(name)))]);
+  return html("div", {}, html("h3", {}, title), tableOf(["method", ...data.cells.map(cellName)], rows));
+}
 
 function headline(name) {
-  const values = data.cells.map((cell) => savingOf(cell, name)?.value ?? null).filter((value) => value !== null);
-  const ends = values.length ? `${signed(Math.min(...values))} to ${signed(Math.max(...values))} %` : "no BD-rate";
-  return `${name}: ${ends} bits against ${data.anchor}, in ${values.length} of ${data.cells.length} cells`;
+  const of = (part) => data.cells.map((cell) => cell[part].find(({ method }) => method === name)?.value ?? null);
+  const ends = (values) => `${signed(Math.min(...values))} to ${signed(Math.max(...values))} %`;
+  const [all, high] = ["savings", "high"].map((part) => of(part).filter((value) => value !== null));
+  const saved = `${all.length ? ends(all) : "no BD-rate"} bits against ${data.anchor}`;
+  const also = high.length ? `; ${ends(high)} ${kept()}` : "";
+  return `${name}: ${saved}, in ${all.length} of ${data.cells.length} cells${also}`;
 }
 
 // All codecs of a task, one below the other; the axis is that of all tasks.
