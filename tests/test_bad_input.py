@@ -129,7 +129,7 @@ def write_tables() -> None:
     table = pd.DataFrame(points, columns=["method", "point"]).assign(bpp=1.0, n_images=2, **rates)
     table = table.assign(task="detection", codec="elic", accuracy_name="box AP", split="test")
     write_csv(Path(POINTS), table[report.RD_POINTS])
-    resamples = pd.concat([table[1:].assign(resample=r) for r in range(3)])
+    resamples = pd.concat([table.assign(resample=r) for r in range(3)])
     write_csv(Path(POINTS).with_name("bootstrap.csv"), resamples[report.RESAMPLES])
     write_json(
         Path("data/illustrations/small/elic/detection.json"), {"method": "mfiba", "examples": [], "skeletons": {}}
