@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from stages import report
+from stages.lib import results
 from stages.lib.files import write_csv, write_json
 from stages.lib.loss_rate import Curves, fit_scales
 from stages.lib.params import SCALES
@@ -45,7 +45,7 @@ def write_evaluation(folder: Path, task: str) -> None:
     luck = rng.normal(1, 0.03, (RESAMPLES, 1))  # of the images that a resample draws: alike for all methods
     points.append(row("none", 0, 0, UNCODED[task]))
     resamples += [
-        dict(zip(report.RESAMPLES, ("none", 0, r, 0, UNCODED[task] * luck[r, 0]), strict=True))
+        dict(zip(results.RESAMPLES, ("none", 0, r, 0, UNCODED[task] * luck[r, 0]), strict=True))
         for r in range(RESAMPLES)
     ]
     for method, factor in RATES.items():
@@ -59,7 +59,7 @@ def write_evaluation(folder: Path, task: str) -> None:
         resamples += [
             dict(
                 zip(
-                    report.RESAMPLES,
+                    results.RESAMPLES,
                     (method, point, r, factor * bits[point] * luck[r, 0], drawn[r, point]),
                     strict=True,
                 )

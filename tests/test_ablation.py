@@ -9,8 +9,7 @@ import pytest
 import yaml
 from pytest import approx
 
-from stages import report
-from stages.lib import ablation, ablation_tables, figures, sizes, tables
+from stages.lib import ablation, ablation_tables, figures, results, sizes, tables
 from stages.lib.ablation import ROWS, SEES_LABELS, Senses, rate_control, variants
 from stages.lib.allocation import (
     Importance,
@@ -299,7 +298,7 @@ def evaluation() -> tuple[pd.DataFrame, pd.DataFrame]:
             points.append(("detection", "elic", method, point, 9, factor * b, 1.0, accuracy, "box AP", "test"))
             noise = rng.normal(0, 1e-4, 8)
             resamples += [(method, point, r, factor * b, accuracy + noise[r]) for r in range(8)]
-    return pd.DataFrame(points, columns=report.RD_POINTS), pd.DataFrame(resamples, columns=report.RESAMPLES)
+    return pd.DataFrame(points, columns=results.RD_POINTS), pd.DataFrame(resamples, columns=results.RESAMPLES)
 
 
 def size_rows() -> pd.DataFrame:
@@ -308,7 +307,7 @@ def size_rows() -> pd.DataFrame:
         about = size, 40, 0.01 * n, 0.01 * n + 0.01
         rows += [(*about, "bd_rate", m, -20.0 - n, -25, -15) for m in sizes.METHODS]
         rows += [(*about, q, s, 0.2 + n, np.nan, np.nan) for q in ("weight", "sensitivity") for s in SCALES]
-    return pd.DataFrame(rows, columns=report.ABLATION["sizes"])
+    return pd.DataFrame(rows, columns=results.ABLATION["sizes"])
 
 
 def test_the_report_says_of_each_variant_what_it_is_saves_and_lacks(tmp_path, test, model):
@@ -321,7 +320,7 @@ def test_the_report_says_of_each_variant_what_it_is_saves_and_lacks(tmp_path, te
     assert found.loc["mfiba_skip", "difference"] == approx(-20)
     path = tmp_path / "rate_control.csv"
     write_csv(path, rate_control(test.bits, model, np.ones(test.pixels.shape), PRECODE, 6, 0))
-    rates = read_csv(path, report.ABLATION["rate_control"])
+    rates = read_csv(path, results.ABLATION["rate_control"])
     written = ablation_tables.ablation_tables(table, {"detection-elic": size_rows()}, {"detection-elic": rates})
     markdown, latex = tables.markdown(written), tables.latex(written, "ablation")
     for part, names in ROWS.items():

@@ -52,8 +52,7 @@ from broken_results import IN_BITSTREAMS, IN_CODED, IN_FEATURES, IN_REPORTS, IN_
 from conftest import write_folder
 from PIL import Image
 
-from stages import report
-from stages.lib import mfip, prediction
+from stages.lib import mfip, prediction, results
 from stages.lib.coding import FeatureCodec, build_codec, save_codec
 from stages.lib.command import check_output
 from stages.lib.files import write_csv, write_json
@@ -128,9 +127,9 @@ def write_tables() -> None:
     rates = {"bits_per_image": [0, 1e3, 2e3, 4e3, 8e2, 2e3, 4e3], "accuracy": [0.6, 0.2, 0.4, 0.5, 0.2, 0.4, 0.5]}
     table = pd.DataFrame(points, columns=["method", "point"]).assign(bpp=1.0, n_images=2, **rates)
     table = table.assign(task="detection", codec="elic", accuracy_name="box AP", split="test")
-    write_csv(Path(POINTS), table[report.RD_POINTS])
+    write_csv(Path(POINTS), table[results.RD_POINTS])
     resamples = pd.concat([table.assign(resample=r) for r in range(3)])
-    write_csv(Path(POINTS).with_name("bootstrap.csv"), resamples[report.RESAMPLES])
+    write_csv(Path(POINTS).with_name("bootstrap.csv"), resamples[results.RESAMPLES])
     write_json(
         Path("data/illustrations/small/elic/detection.json"), {"method": "mfiba", "examples": [], "skeletons": {}}
     )

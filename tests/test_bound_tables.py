@@ -8,8 +8,9 @@ from pytest import approx
 from stages.lib.bound import (
     KINDS,
 )
-from stages.lib.bound_tables import PEERS, Study, bound_tables, describe, parts_of
+from stages.lib.bound_tables import PEERS, bound_tables, describe, parts_of, tenths
 from stages.lib.figures import additivity_figure
+from stages.lib.results import Study
 from stages.lib.tables import latex, markdown
 
 
@@ -41,6 +42,12 @@ def test_thirds_are_by_rate_and_of_tuples_that_send_all_scales():
     assert low["bits"].max() < middle["bits"].min() and middle["bits"].max() < high["bits"].min()
     assert len(low) + len(middle) + len(high) + len(skipping) == 300
     assert set(skipping["kind"]) == {"skipping"} and "skipping" not in set(low["kind"]) | set(high["kind"])
+
+
+def test_a_tenth_is_a_tenth_of_the_tuples_in_rising_loss():
+    means = tenths(tuples_of(np.arange(50.0)[::-1] * 2, np.arange(50.0)[::-1], np.zeros(50), 10))
+    assert means["additive"].tolist() == [2.0 + 5 * n for n in range(10)]
+    assert means["joint"].tolist() == (2 * means["additive"]).tolist()
 
 
 @pytest.fixture

@@ -317,10 +317,9 @@ def test_the_extensions_work(tmp_path: Path, coco_root: Path) -> None:
 
 
 def test_the_columns_of_tables_are_those_of_the_code() -> None:
-    from stages import report
-    from stages.lib import coding, comparing, features, measuring
+    from stages.lib import coding, comparing, features, measuring, results
 
     text = " ".join((ROOT / "docs/formats.md").read_text(encoding="utf-8").split())
-    for columns in (coding.LEDGER, measuring.LOSSES, report.RD_POINTS, report.RESAMPLES, comparing.BD_RATE):
+    for columns in (coding.LEDGER, measuring.LOSSES, results.RD_POINTS, results.RESAMPLES, comparing.BD_RATE):
         assert f"`{', '.join(columns)}`" in text
     assert features.INDEX[:2] == ["split", "image_id"]

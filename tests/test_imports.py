@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NUMERIC = ("ablation_tables", "allocation", "bd_rate", "bound_tables", "figures", "loss_rate", "tables")
+NUMERIC = ("ablation_tables", "allocation", "bd_rate", "bound_tables", "figures", "loss_rate", "results", "tables")
 
 
 def imported(file: Path) -> set[str]:

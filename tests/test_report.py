@@ -98,7 +98,7 @@ def test_high_accuracies_and_direct_comparisons(profile: Path) -> None:
     text = (profile / "reports/tables/bd_rate.md").read_text()
     assert re.search(r"\| mfiba against oracle \* +\| +\d", text)
     assert "elic, where at least 90% of the uncoded accuracy is kept" in text
-    assert "without point 6, not monotone" in text
+    assert "without point 6 of mfiba, not monotone" in text
 
 
 def test_a_paired_difference_is_that_of_the_bd_rates(profile: Path) -> None:
@@ -139,7 +139,7 @@ def test_metrics_hold_the_headline_without_nan(profile: Path) -> None:
 def test_markdown_shows_the_result_and_what_weakens_it(profile: Path) -> None:
     text = (profile / "reports/tables/bd_rate.md").read_text()
     assert re.search(r"\| static +\| +-20\.0 \[-20\.0, -20\.0\] \|", text)
-    assert ") Doubtful: without point 6, not monotone." in text
+    assert ") Doubtful: without point 6 of mfiba, not monotone." in text
     assert "| oracle * " in text and "* uses the labels of the evaluated images" in text
     assert re.search(r"\| static +\| +-9\.\d \[-", text)  # mfiba against it
     assert re.search(r"detection, elic +\| +0\.43 \| +0\.30 \| +0\.20 \| +0\.00 \| +n/a \|", text)

@@ -1,9 +1,11 @@
 """What `ablate` found in each cell -> the tables of the ablation, of object sizes and of rate control."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from stages.lib.comparing import ANCHOR, BD_RATE, compare, paired
-from stages.lib.tables import Table, bd_cell, bracketed, label_aware_note, number
+from stages.lib.tables import Table, bd_cell, bracketed, doubts, label_aware_note, number
 
 ABLATION = [
     "task",
@@ -18,6 +20,12 @@ ABLATION = [
     "difference_low",
     "difference_high",
 ]
+
+
+def ablations(studies: Iterable[dict[str, pd.DataFrame]]) -> pd.DataFrame:
+    """The tables of each study, see `results.read_ablation` -> ablation.csv."""
+    found = [ablation(study["points"], study["bootstrap"], study["rows"]) for study in studies]
+    return pd.concat(found or [pd.DataFrame(columns=ABLATION)])
 
 
 def ablation(points: pd.DataFrame, resamples: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -62,7 +70,6 @@ def _ablation_table(task: str, codec: str, ablations: pd.DataFrame) -> Table:
     title = (
         f"What each part buys, {task}, {codec}: BD-rate against {ANCHOR} in percent, and that of the method minus it"
     )
-    doubtful = [f"({number}) Doubtful: {note}" for note, number in notes.items()]
     usual = ablations["reference"].mode()[0]
     others = ablations[ablations["reference"] != usual].groupby("reference")["method"]
     about = [
@@ -71,7 +78,7 @@ def _ablation_table(task: str, codec: str, ablations: pd.DataFrame) -> Table:
         label_aware_note(),
     ]
     headers = ["variant", "what it is", "BD-rate", "method minus it"]
-    return Table(title, headers, rows, [*doubtful, " ".join(about)], texts=2)
+    return Table(title, headers, rows, [*doubts(notes), " ".join(about)], texts=2)
 
 
 SIZE_TITLES = {  # quantity of sizes.csv -> title

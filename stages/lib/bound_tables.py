@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from stages.lib.comparing import Compared, compare, paired
+from stages.lib.results import Study
 from stages.lib.tables import Table, bracketed, comparison, label_aware_note
 
 LOSSES = ["joint", "mirrored", "additive"]
@@ -50,17 +51,6 @@ ADDITIVITY_NOTES = [
 ]
 
 
-class Study(NamedTuple):
-    """The folder of one cell that `bound` wrote; points and resamples as of `evaluate`."""
-
-    points: pd.DataFrame
-    resamples: pd.DataFrame
-    mirrored_points: pd.DataFrame
-    mirrored_resamples: pd.DataFrame
-    additivity: pd.DataFrame
-    enumeration: pd.DataFrame
-
-
 class Additivity(NamedTuple):
     """How well joint losses are sums of single-scale ones, over some tuples of some images."""
 
@@ -101,6 +91,12 @@ def parts_of(tuples: pd.DataFrame) -> dict[str, pd.DataFrame]:
     third = pd.qcut(sent["bits"].rank(method="first"), 3, labels=False)
     parts = {name: sent[third == n] for n, name in enumerate(("low rates", "middle rates", "high rates"))}
     return parts | {"some scales not sent": tuples[skipping]}
+
+
+def tenths(tuples: pd.DataFrame) -> pd.DataFrame:
+    """Rows of additivity.csv -> mean additive and joint loss of each tenth of them, in rising additive loss."""
+    tenth = pd.qcut(tuples["additive"].rank(method="first"), 10, labels=False)
+    return tuples[["additive", "joint"]].groupby(tenth).mean()
 
 
 def bound_tables(studies: dict[tuple[str, str], Study]) -> list[Table]:

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from stages.lib.bd_rate import INTERVAL_PERCENTILES
-from stages.lib.comparing import ANCHOR, HEROES, LABEL_AWARE, UNCODED, resampled
+from stages.lib.bound_tables import tenths
+from stages.lib.comparing import ANCHOR, HEROES, LABEL_AWARE, UNCODED, band
 from stages.lib.files import atomic
 from stages.lib.params import SCALES
 
@@ -94,9 +94,8 @@ def rd_figure(stem: Path, points: pd.DataFrame, resamples: pd.DataFrame, authors
                 zorder=2 if aware else 3,
             )
             if method in WITH_BAND:
-                low, high = np.nanpercentile(resampled(resamples, method)[1], INTERVAL_PERCENTILES, axis=0)
-                band = low[rows["point"]], high[rows["point"]]
-                axes.fill_between(rows["bits_per_image"], *band, color=colour, alpha=0.13, linewidth=0, zorder=1)
+                ends = band(resamples, rows)
+                axes.fill_between(rows["bits_per_image"], *ends, color=colour, alpha=0.13, linewidth=0, zorder=1)
         if authors is not None:
             x, y = authors["bits_per_image"], authors["accuracy"]
             axes.plot(x, y, color=BLACK, marker="x", linestyle="", label="the authors' own *", zorder=4)
@@ -202,8 +201,7 @@ def additivity_figure(stem: Path, task: str, codec: str, parts: dict[str, pd.Dat
             look = {"bins": "log", "mincnt": 1, "vmin": 0.3, "cmap": "Greys", "linewidths": 0}  # one tuple is not white
             axes.hexbin(tuples["additive"], tuples["joint"], gridsize=24, **look)
             axes.axline((0, 0), slope=1, color=GREY, linestyle="--", linewidth=1, label="joint = additive")
-            tenth = pd.qcut(tuples["additive"].rank(method="first"), 10, labels=False)
-            mean = tuples[["additive", "joint"]].groupby(tenth).mean()
+            mean = tenths(tuples)
             axes.plot(mean["additive"], mean["joint"], color=VERMILION, marker="o", label="mean of each tenth")
             axes.set_title(name)
         panels[0].legend(loc="upper left")

@@ -68,9 +68,13 @@ def disk_check(path: Path, needed_bytes: float) -> None:
         )
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     with atomic(path) as scratch:
-        scratch.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path, schema: Any = None) -> Any:

@@ -19,15 +19,14 @@ import pandas as pd
 import yaml
 
 from stages.lib.ablation import measured
-from stages.lib.allocation import Importance
-from stages.lib.bd_rate import INTERVAL_PERCENTILES
 from stages.lib.bitstream import FRAME_BYTES
-from stages.lib.bound_tables import describe, parts_of
-from stages.lib.comparing import ANCHOR, HEROES, HIGH, LABEL_AWARE, UNCODED, resampled
+from stages.lib.bound_tables import describe, parts_of, tenths
+from stages.lib.comparing import ANCHOR, FIXED, HIGH, LABEL_AWARE, UNCODED, band
 from stages.lib.figures import BLACK, BLUE, GREEN, GREY, METHODS, ORANGE, OTHER_METHOD, PURPLE, SHADES, SKY, VERMILION
 from stages.lib.files import read_json
-from stages.lib.loss_rate import Curves, importance_labels
+from stages.lib.loss_rate import importance_labels
 from stages.lib.params import PACKAGES, SCALES
+from stages.lib.results import LEDGER, Cell, Results
 from stages.lib.tables import bd_cell
 
 SOURCES = Path(__file__).parent / "page"
@@ -35,7 +34,6 @@ SCRIPTS = ("charts.js", "examples.js", "models.js", "page.js")
 DIGITS = 5  # significant ones, of every number in the page
 MOST_IMAGES = 200  # in a scatter of images; the numbers beside it are of all
 BINS = 24  # of a two-dimensional histogram, along each side
-LEDGER = ["bytes_latent", "bytes_hyper", "bytes_header", "bytes_range"]  # columns that add up to a record
 VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # that torch looks for, where a virtual machine shows them
 INK = "var(--ink)"  # of the page's text: black on paper, nearly white at night
 
@@ -66,7 +64,7 @@ def common(methods: list[str], qualities: list[str]) -> dict[str, Any]:
         },
         "anchor": ANCHOR,
         "high": HIGH,
-        "heroes": [name for name in HEROES if name in methods],
+        "heroes": {hero: fixed for hero, fixed in FIXED.items() if hero in methods},
         "scales": SCALES,
         "qualities": qualities,
         "colours": {"measured": INK, "label": BLUE, "predicted": ORANGE, "fit": VERMILION, "muted": GREY},
@@ -82,35 +80,22 @@ def _darkness(grey: str) -> float:
     return 1 - int(grey[1:3], 16) / 255
 
 
-def cell(
-    points: pd.DataFrame,
-    resamples: pd.DataFrame,
-    bd: pd.DataFrame,
-    high_bd: pd.DataFrame,
-    direct_bd: pd.DataFrame,
-    fit: dict,
-    pixels: dict[str, float],
-    test: Curves,
-    predicted: Importance,
-    references: dict[str, float],
-) -> dict[str, Any]:
-    """One task and codec. points.csv, bootstrap.csv; rows of bd_rate.csv, high_bd_rate.csv, direct.csv; `fit_scales`,
-    pixels of the planes; curves of test and what MFIP predicts of its images. references: name -> BD-rate that others
-    report, of comparable data."""
+def cell(known: Cell, results: Results, references: dict[str, float]) -> dict[str, Any]:
+    """One task and codec, and its results. references: name -> BD-rate that others report, of comparable data."""
+    points, fit, test, predicted = known.points, known.fit, known.test, known.predicted
     uncoded = points[points["method"] == UNCODED].iloc[0]
     about = ["task", "codec", "accuracy_name", "n_images", "split"]
     return {
         **uncoded[about].to_dict(),
         "uncoded": uncoded["accuracy"],
         "curves": {
-            method: _curve(rows.sort_values("bits_per_image", kind="stable"), resamples)
+            method: _curve(rows.sort_values("bits_per_image", kind="stable"), known.resamples)
             for method, rows in points[points["method"] != UNCODED].groupby("method", sort=False)
         },
-        "savings": [_saving(row) for _, row in bd.iterrows()],
-        "high": [_saving(row) for _, row in high_bd.iterrows()],
-        "direct": [_saving(row) for _, row in direct_bd.iterrows()],
+        "savings": [_saving(row) for _, row in results.bd.iterrows()],
+        "high": [_saving(row) for _, row in results.high.iterrows()],
         "references": references,
-        "scales": {scale: _scale(fit, scale, pixels[scale]) for scale in SCALES},
+        "scales": {scale: _scale(fit, scale, known.pixels[scale]) for scale in SCALES},
         "n_fit": fit["n_labelled"],
         "importance": {
             "weight": _importance(predicted.weights, importance_labels(test.drop), test.labelled, fit["label"]),
@@ -121,17 +106,17 @@ def cell(
 
 def _curve(rows: pd.DataFrame, resamples: pd.DataFrame) -> dict[str, list]:
     """Points of one method in rising bits -> columns; low, high: the ends of the accuracy's bootstrap interval."""
-    low, high = np.nanpercentile(resampled(resamples, rows["method"].iloc[0])[1], INTERVAL_PERCENTILES, axis=0)
+    low, high = band(resamples, rows)
     named = {"bits": "bits_per_image", "bpp": "bpp", "accuracy": "accuracy", "point": "point"}
     columns = {name: rows[column].tolist() for name, column in named.items()}
-    return columns | {"low": low[rows["point"]].tolist(), "high": high[rows["point"]].tolist()}
+    return columns | {"low": low, "high": high}
 
 
 def _saving(row: pd.Series) -> dict[str, Any]:
     notes: dict[str, int] = {}
     bd_cell(row.fillna({"flags": ""}), notes)
     numbers = {"value": row["bd_rate_pchip"], "low": row["ci_low"], "high": row["ci_high"]}
-    return {"method": row["method"], "anchor": row["anchor"], **numbers, "doubt": " ".join(notes)}
+    return {"method": row["method"], **numbers, "doubt": " ".join(notes)}
 
 
 def _scale(fit: dict, scale: str, pixels: float) -> dict[str, Any]:
@@ -181,14 +166,13 @@ def additivity(tuples: pd.DataFrame) -> list[dict[str, Any]]:
     for name, rows in parts_of(tuples).items():
         counts, *edges = np.histogram2d(rows["additive"], rows["joint"], BINS, limits)
         filled = np.argwhere(counts)
-        tenth = pd.qcut(rows["additive"].rank(method="first"), 10, labels=False)
         parts.append(
             {
                 "name": name,
                 "limits": limits,
                 "side": [edge[1] - edge[0] for edge in edges],
                 "squares": [[edges[0][i], edges[1][j], counts[i, j]] for i, j in filled],
-                "tenths": rows[["additive", "joint"]].groupby(tenth).mean(),
+                "tenths": tenths(rows),
                 **describe(rows)._asdict(),
             }
         )
@@ -221,8 +205,8 @@ def provenance(params: dict[str, Any], lock: Path, inputs: list[Path]) -> dict[s
     """Where the numbers come from: params, versions, kind of machine, and DVC's hashes of the files under `inputs`.
 
     Neither a date nor the revision of the code: both change when no number does, and then the page, which DVC hashes,
-    would be another one; git knows the revision that holds this page. For the same reason only what the report depends
-    on is listed: DVC makes the page anew when it changes, and only then.
+    would be another one; the page says how git tells the revision that holds it. For the same reason only what the
+    report depends on is listed, and no code of other stages: DVC makes the page anew when that changes, and only then.
     """
     return {
         "params": yaml.safe_dump(params, sort_keys=False, default_flow_style=None, width=100),

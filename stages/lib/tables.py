@@ -13,14 +13,15 @@ from tabulate import tabulate
 from stages.lib.bd_rate import GOOD_OVERLAP, GOOD_POINTS
 from stages.lib.comparing import ANCHOR, CODEC_ANCHOR, HIGH, LABEL_AWARE, RESAMPLES_FAILED, UNCODED, context_of
 from stages.lib.params import SCALES, TASKS
+from stages.lib.results import Cells, Results
 
 NOT_AVAILABLE = "n/a"
 NO_BD_RATE = "no BD-rate: "
 REASONS = {  # flag -> what its footnote says
-    "dropped": "without point {detail}, not monotone",
-    "anchor_dropped": "without point {detail} of {anchor}, not monotone",
+    "dropped": "without {points} of {method}, not monotone",
+    "anchor_dropped": "without {points} of {anchor}, not monotone",
     f"points<{GOOD_POINTS}": f"fewer than {GOOD_POINTS} points on one of the curves",
-    f"overlap<{GOOD_OVERLAP}": "the curves share only {overlap:.0%} of the accuracies of {anchor}",
+    f"overlap<{GOOD_OVERLAP}": "the curves share only {overlap:.1%} of the accuracies of {anchor}",
     "too few points": f"{NO_BD_RATE}fewer than two points of rising accuracy on one of the curves",
     "no overlap": f"{NO_BD_RATE}the curves share no accuracy",
     RESAMPLES_FAILED: "{detail} of the resamples gave no BD-rate",
@@ -35,31 +36,20 @@ class Table(NamedTuple):
     texts: int = 1  # the first columns, which hold text
 
 
-def bd_rate_tables(
-    points: pd.DataFrame,
-    bd: pd.DataFrame,
-    high_bd: pd.DataFrame,
-    paired_bd: pd.DataFrame,
-    direct_bd: pd.DataFrame,
-    codec_bd: pd.DataFrame,
-    fits: dict[tuple[str, str], dict],
-    mfip: dict[tuple[str, str], dict],
-    paper: dict[tuple[str, str], float],
-) -> list[Table]:
-    """Tables of report, and of each (task, codec) `fit_scales` and the errors of MFIP -> the main results.
-
-    paper: (task, codec) -> the paper's BD-rate, where it can be compared.
-    """
+def bd_rate_tables(results: Results, cells: Cells, paper: dict[tuple[str, str], float]) -> list[Table]:
+    """The main results. paper: (task, codec) -> the paper's BD-rate, where it can be compared."""
+    fits, mfip = ({key: getattr(cell, name) for key, cell in cells.items()} for name in ("fit", "mfip"))
     return [
-        *(_bd_rate_table(codec, rows, paper) for codec, rows in bd.groupby("codec", sort=False)),
-        *(_high_table(codec, rows) for codec, rows in high_bd.groupby("codec", sort=False)),
+        *(_bd_rate_table(codec, rows, paper) for codec, rows in results.bd.groupby("codec", sort=False)),
+        *(_high_table(codec, rows) for codec, rows in results.high.groupby("codec", sort=False)),
         *(
             _paired_table(codec, hero, rows)
-            for (codec, hero), rows in paired_bd.groupby(["codec", "method"], sort=False)
+            for (codec, hero), rows in results.paired.groupby(["codec", "method"], sort=False)
         ),
-        *(_direct_table(codec, rows) for codec, rows in direct_bd.groupby("codec", sort=False)),
-        *([_codec_table(codec_bd)] if len(codec_bd) else []),
-        _context_table(points),
+        *(_direct_table(codec, rows) for codec, rows in results.direct.groupby("codec", sort=False)),
+        *([_codec_table(results.codecs)] if len(results.codecs) else []),
+        *([_feature_table(results.features)] if len(results.features) else []),
+        _context_table(results.points),
         _fit_table(fits),
         _rivals_table(fits),
         _bits_table(fits),
@@ -143,8 +133,8 @@ def _high_table(codec: str, high_bd: pd.DataFrame) -> Table:
 
 def _direct_table(codec: str, direct_bd: pd.DataFrame) -> Table:
     title = f"BD-rate of one method with another as the anchor, codec {codec}: percent of the other's bits"
-    named = direct_bd["method"] + " against " + direct_bd["anchor"].map(_named)
-    return comparison(title, direct_bd.assign(method=named), label_aware_note())
+    names = direct_bd["method"] + " against " + direct_bd["anchor"].map(_named)
+    return comparison(title, direct_bd, label_aware_note(), names)
 
 
 def _authors_table(task: str, codec: str, points: pd.DataFrame) -> Table:
@@ -164,27 +154,50 @@ def _codec_table(codec_bd: pd.DataFrame) -> Table:
     return comparison(title, codec_bd.rename(columns={"codec": "method"}), "")
 
 
-def comparison(title: str, bd: pd.DataFrame, note: str) -> Table:
+def _feature_table(feature_bd: pd.DataFrame) -> Table:
+    """Rows of codec_feature_bd_rate.csv -> a row for each codec, a column for each scale."""
+    notes: dict[str, int] = {}
+    rows = []
+    for (model, codec), found in feature_bd.groupby(["model", "codec"], sort=False):
+        by_scale = found.assign(method=codec).set_index("scale").loc[list(SCALES)]
+        cells = [marked(f"{row['bd_rate_pchip']:.1f}", row, notes) for _, row in by_scale.iterrows()]
+        rows.append([f"{codec}, features of {model}", *cells])
+    title = f"BD-rate of the codecs against {CODEC_ANCHOR} in PSNR of the features of fit, scale by scale: percent"
+    return Table(title, ["codec", *(f"scale {scale}" for scale in SCALES)], rows, doubts(notes))
+
+
+def comparison(title: str, bd: pd.DataFrame, note: str, names: pd.Series | None = None) -> Table:
+    """Rows like those of bd_rate.csv -> a row for each method, or for each of `names`, a column for each task."""
     tasks = [task for task in TASKS if task in set(bd["task"])]
+    names = bd["method"].map(_named) if names is None else names
     notes: dict[str, int] = {}  # note -> its number
     rows = []
-    for method in bd["method"].unique():
-        cells = []
-        for task in tasks:
-            found = bd[(bd["method"] == method) & (bd["task"] == task)]
-            cells.append(bd_cell(found.iloc[0], notes) if len(found) else "")
-        rows.append([_named(method), *cells])
-    doubtful = [f"({number}) Doubtful: {note}" for note, number in notes.items()]
+    for name in names.unique():
+        of_name = bd[names == name]
+        found = (of_name[of_name["task"] == task] for task in tasks)
+        rows.append([name, *(bd_cell(of_task.iloc[0], notes) if len(of_task) else "" for of_task in found)])
     about = "In brackets the 95 % interval of a bootstrap over the images, method and anchor resampled together."
-    return Table(title, ["method", *tasks], rows, [*doubtful, f"{about} {note}".strip()])
+    return Table(title, ["method", *tasks], rows, [*doubts(notes), f"{about} {note}".strip()])
+
+
+def doubts(notes: dict[str, int]) -> list[str]:
+    """Reason -> its number, as `bd_cell` collects them -> notes of a table."""
+    return [f"({number}) Doubtful: {reason}" for reason, number in notes.items()]
 
 
 def bd_cell(row: pd.Series, notes: dict[str, int]) -> str:
+    """A row like those of bd_rate.csv -> BD-rate with its interval; why it is doubtful joins `notes`."""
+    return marked(bracketed(row["bd_rate_pchip"], row["ci_low"], row["ci_high"]), row, notes)
+
+
+def marked(text: str, row: pd.Series, notes: dict[str, int]) -> str:
+    """The text, or n/a where there is no BD-rate, with the number of the note that says why it is doubtful."""
     reasons = []
     for flag in filter(None, row["flags"].split("; ")):
         name, _, detail = flag.partition(":")
-        known = {"overlap": row["overlap"], "anchor": row["anchor"]}
-        reasons.append(REASONS[name].format(detail=detail.replace(" ", ", "), **known))
+        points = f"point{'s' if ' ' in detail else ''} {detail.replace(' ', ', ')}"
+        known = {"detail": detail, "points": points, **row[["overlap", "method", "anchor"]]}
+        reasons.append(REASONS[name].format(**known))
     available = not np.isnan(row["bd_rate_pchip"])
     if not available:
         reasons = [reason for reason in reasons if reason.startswith(NO_BD_RATE)]  # the others follow from it
@@ -192,9 +205,7 @@ def bd_cell(row: pd.Series, notes: dict[str, int]) -> str:
     if reasons:
         at = notes.setdefault("; ".join(reasons) + ".", len(notes) + 1)
         mark = f" ({at})"
-    if not available:
-        return NOT_AVAILABLE + mark
-    return bracketed(row["bd_rate_pchip"], row["ci_low"], row["ci_high"]) + mark
+    return (text if available else NOT_AVAILABLE) + mark
 
 
 def _context_table(points: pd.DataFrame) -> Table:

@@ -44,13 +44,14 @@ function plain(value) {
   return minus(String(+(value / unit).toPrecision(3))) + name;
 }
 
-function table(headers, rows) {
-  const line = (tag, texts) => html("tr", {}, ...texts.map((text) => html(tag, {}, text)));
-  const body = html("tbody", {}, ...rows.map((texts) => line("td", texts)));
-  return html("table", {}, html("thead", {}, line("th", headers)), body);
+// texts: the first columns, which hold text. Where it is wider than the page it scrolls, with the keyboard, too.
+function tableOf(headers, rows, label, texts = 1) {
+  const cell = (tag) => (text, i) => html(tag, { class: i < texts ? "text" : null }, text);
+  const line = (tag, cells) => html("tr", {}, ...cells.map(cell(tag)));
+  const body = html("tbody", {}, ...rows.map((cells) => line("td", cells)));
+  const table = html("table", {}, html("thead", {}, line("th", headers)), body);
+  return html("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, table);
 }
-
-const tableOf = (headers, rows) => html("div", { class: "scroll" }, table(headers, rows));
 
 // Both call `change` with the number of the option, now and whenever another one is chosen.
 function select(parent, label, options, change) {

@@ -96,7 +96,8 @@ function errorTable(cell) {
     ...models.map((name) => fixed(rivals[name], 2)),
     percent(sum(error) / error.length),
   ]);
-  return table(["scale", "drop: r²", "drop: rmse", ...titles, "bits from one precoding: error"], rows);
+  const headers = ["scale", "drop: r²", "drop: rmse", ...titles, "bits from one precoding: error"];
+  return tableOf(headers, rows, "Held-out errors of the models");
 }
 
 function drawAdditivity(parent) {

@@ -5,38 +5,35 @@
 
 function drawSavings() {
   const section = find("#savings");
-  find(".headline", section).append(...data.heroes.toReversed().map((name) => html("span", {}, headline(name))));
-  for (const task of new Set(data.cells.map((cell) => cell.task))) savingsOf(find(".grid", section), task);
-  find("details", section).append(
-    savingTable("savings", `BD-rate against ${data.anchor}, percent`, ({ method }) => shown(method)),
-    savingTable("high", `The same ${kept()}`, ({ method }) => shown(method)),
-    savingTable(
-      "direct",
-      "One method with another as the anchor: percent of the other's bits, over the accuracies that these two reach",
-      ({ method, anchor }) => `${shown(method)} against ${shown(anchor)}`,
-    ),
+  const heroes = Object.entries(data.heroes).toReversed();
+  find(".headline", section).append(...heroes.map(([hero, fixed]) => html("span", {}, headline(hero, fixed))));
+  find(".numbers", section).append(
+    headTable("savings", `BD-rate against ${data.anchor}, %`, heroes.flat()),
+    headTable("high", `The same ${kept()}`, heroes.flat()),
   );
+  for (const task of new Set(data.cells.map((cell) => cell.task))) savingsOf(find(".grid", section), task);
 }
 
 const interval = ({ value, low, high }) => `${fixed(value, 1)} [${fixed(low, 1)}, ${fixed(high, 1)}]`;
 const kept = () => `where at least ${whole(100 * data.high)} % of the uncoded accuracy is kept`;
 
-// part: of a cell; a row for each name, a column for each cell.
-function savingTable(part, title, nameOf) {
-  const found = data.cells.map((cell) => new Map(cell[part].map((saving) => [nameOf(saving), saving])));
+// Both: part is that of a cell, savings or high.
+const savingOf = (cell, part, name) => cell[part].find(({ method }) => method === name) ?? null;
+
+function headTable(part, title, names) {
   const text = (saving) => (saving ? `${interval(saving)}${saving.doubt ? " ?" : ""}` : "");
-  const names = new Set(found.flatMap((savings) => [...savings.keys()]));
-  const rows = [...names].map((name) => [name, ...found.map((savings) => text(savings.get(name)))]);
-  return html("div", {}, html("h3", {}, title), tableOf(["method", ...data.cells.map(cellName)], rows));
+  const rows = data.cells.map((cell) => [cellName(cell), ...names.map((name) => text(savingOf(cell, part, name)))]);
+  return html("figure", {}, html("figcaption", {}, title), tableOf(["cell", ...names.map(shown)], rows, title));
 }
 
-function headline(name) {
-  const of = (part) => data.cells.map((cell) => cell[part].find(({ method }) => method === name)?.value ?? null);
-  const ends = (values) => `${signed(Math.min(...values))} to ${signed(Math.max(...values))} %`;
-  const [all, high] = ["savings", "high"].map((part) => of(part).filter((value) => value !== null));
-  const saved = `${all.length ? ends(all) : "no BD-rate"} bits against ${data.anchor}`;
-  const also = high.length ? `; ${ends(high)} ${kept()}` : "";
-  return `${name}: ${saved}, in ${all.length} of ${data.cells.length} cells${also}`;
+// hero: a method; fixed: what it has to beat, the best fixed vector of the same qualities
+function headline(hero, fixed) {
+  const values = (part, name) => data.cells.flatMap((cell) => savingOf(cell, part, name)?.value ?? []);
+  const ends = (found) => `${signed(Math.min(...found))} to ${signed(Math.max(...found))} %`;
+  const saved = (part, name) => (values(part, name).length ? ends(values(part, name)) : "no BD-rate");
+  const both = (part) => `${saved(part, hero)} (${fixed} ${saved(part, fixed)})`;
+  const count = `${values("savings", hero).length} of ${data.cells.length} cells`;
+  return `${hero}: ${both("savings")} bits against ${data.anchor}, in ${count}; ${both("high")} ${kept()}`;
 }
 
 // All codecs of a task, one below the other; the axis is that of all tasks.
@@ -249,7 +246,7 @@ function ledgerOf(parent, name, ledger) {
   return chart(parent, name, 7 * 28 + 10, draw, { keys });
 }
 
-// ---------------------------------------------------------------- cost and provenance
+// ---------------------------------------------------------------- cost
 
 function drawCosts() {
   const place = find("#costs .measured");
@@ -290,7 +287,8 @@ function costsOnline(cases) {
     ]);
   });
   const totals = ["sender, s", `to ${data.anchor}`, ...RECEIVER, "receiver, s"];
-  return tableOf(["cell, device: qualities", ...SENDER, ...totals, "sender, MiB", "receiver, MiB"], rows);
+  const headers = ["cell, device: qualities", ...SENDER, ...totals, "sender, MiB", "receiver, MiB"];
+  return tableOf(headers, rows, "Cost of one image");
 }
 
 function costsOfStages({ times, before_mib: before, stages }) {
@@ -302,7 +300,7 @@ function costsOfStages({ times, before_mib: before, stages }) {
   });
   rows.push(["a process that does nothing", "", "", "", "", whole(before), ""]);
   const headers = ["stage", "images", "seconds", "CPU seconds", "CPU seconds an image", "peak memory, MiB"];
-  return tableOf([...headers, `peak, to ${times[0]}/${times.at(-1)} of the images`], rows);
+  return tableOf([...headers, `peak, to ${times[0]}/${times.at(-1)} of the images`], rows, "Cost of the stages");
 }
 
 function costsOfCodecs(cases) {
@@ -316,7 +314,17 @@ function costsOfCodecs(cases) {
   const told = (note) => `${capital(note)}: ${cases.filter((of) => of.note === note).map(name).join("; ")}.`;
   const notes = [...new Set(cases.flatMap((of) => of.note ?? []))].map((note) => html("p", {}, told(note)));
   const headers = ["codec, size, device", "threads", "planes", "encode, s", "decode, s", "peak memory, MiB"];
-  return html("div", {}, tableOf(headers, rows), ...notes);
+  return html("div", {}, tableOf(headers, rows, "Cost of the codecs"), ...notes);
+}
+
+// ---------------------------------------------------------------- tables and provenance
+
+function drawTables() {
+  const folded = data.tables.map(({ title, headers, rows, notes, texts }) => {
+    const below = notes.map((note) => html("p", {}, note));
+    return html("details", {}, html("summary", {}, title), tableOf(headers, rows, title, texts), ...below);
+  });
+  find("#tables .tables").append(...folded);
 }
 
 function drawProvenance() {
@@ -324,12 +332,12 @@ function drawProvenance() {
   const known = Object.entries(hashes);
   const folded = (title, inner) => html("details", {}, html("summary", {}, title), inner);
   find("#provenance .tables").append(
-    tableOf(["machine", ""], Object.entries(machine)),
-    folded("Versions", tableOf(["package", "version"], Object.entries(versions))),
+    tableOf(["machine", ""], Object.entries(machine), "Machine"),
+    folded("Versions", tableOf(["package", "version"], Object.entries(versions), "Versions")),
     folded("Params, with the seeds", html("pre", { tabindex: 0 }, params)),
     folded(
       "Hashes of what this page was made from (MD5, by DVC)",
-      known.length ? tableOf(["file or folder", "hash"], known) : html("p", {}, "Not known: there was no dvc.lock."),
+      known.length ? tableOf(["file or folder", "hash"], known, "Hashes") : html("p", {}, "Not known: there was no dvc.lock."),
     ),
   );
 }
@@ -341,4 +349,5 @@ drawExamples();
 drawModels();
 drawLedger();
 drawCosts();
+drawTables();
 drawProvenance();
