@@ -1,4 +1,4 @@
-"""A finished run -> reports/benchmark.json: speed beside its limits and beside plain loops; memory as data grow.
+"""A finished run -> reports/benchmark.json, .md and .tex: speed beside limits and plain loops; memory as data grow.
 
 Codecs beside their networks and coders alone, and a loop with compressai; measuring beside a loop of whole detectors;
 the steps of sender and receiver beside plain coding; the heavy stages with one, two and four times as many images. Run
@@ -18,20 +18,19 @@ from typing import Any
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else its look for GPUs makes them useless to forks
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
+from stages.lib.benchmark_tables import benchmark_tables
 from stages.lib.benchmarking import measure, peak_memory
 from stages.lib.coding import FeatureCodec, build_codec, load_codec
 from stages.lib.command import run
 from stages.lib.elic import Elic
 from stages.lib.features import Features
-from stages.lib.files import write_json
+from stages.lib.files import write_json, write_text
 from stages.lib.growth import growth
 from stages.lib.learned import STRIDE, LearnedCodec, fast_type
 from stages.lib.models import DEVICE
 from stages.lib.online import Cell
-from stages.lib.online_costs import PLAIN as PLAIN_CODING
 from stages.lib.online_costs import first_images, middle_price, receive, send
 from stages.lib.params import load_params
 from stages.lib.plain_measuring import compare, profile_case, random_case
@@ -39,6 +38,7 @@ from stages.lib.planes import Packing, pack, plane_shape
 from stages.lib.progress import progress
 from stages.lib.schema import InputError
 from stages.lib.shards import cores, map_in_memory
+from stages.lib.tables import latex, markdown
 
 DATA, OUT = Path("data"), Path("reports/benchmark.json")
 REPETITIONS = {"default": 15, "coco": 3}
@@ -51,12 +51,9 @@ FULL_SIZE = {  # the papers' networks
     "tcm": {"N": 64, "M": 320},
 }
 PLAIN = {"elic": "compressai's Elic2022Official", "tcm": "a loop as LIC-TCM's authors wrote it, on compressai's coder"}
-GOALS = {("default", "cpu"): 2, ("coco", "cuda"): 5}  # times the plain loop
 MEASURED = {"default": (32, 3), "coco": (2, 1)}  # images whose losses are measured, and how often
 DETECTORS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")  # that are measured at COCO's size
 COCO_IMAGE, COCO_STEPS = (800, 1066), {"q1": 1.0, "q2": 0.25}  # px; qualities: steps in standard deviations
-MEASURING_GOAL, PEAK_GOAL = "at least 5", "at most 1.1"
-SENDER, RECEIVER = ("backbone", "precoding", "MFIP", "allocation", "coding", "writing"), ("decoding", "heads")
 NOT_MEASURED = {"note": "not measured"}
 
 
@@ -71,7 +68,10 @@ def main(coco: bool, size: tuple[int, int]) -> None:
     report |= benchmark(params, DATA, size if coco else None)
     report |= {"measuring": measuring(params, DATA, coco), "online": online(params, DATA)}
     write_json(OUT, report)
-    print(table(report))
+    tables = benchmark_tables(report)
+    write_text(OUT.with_suffix(".md"), markdown(tables))
+    write_text(OUT.with_suffix(".tex"), latex(tables, "benchmark"))
+    print(markdown(tables))
 
 
 def coders(params: dict[str, Any], data: Path) -> dict[tuple[str, str], tuple[Path, Path]]:
@@ -239,114 +239,6 @@ def _as_if_trained(codec: LearnedCodec, plane: Tensor) -> None:
     for layer, bias in zip(last, biases, strict=True):
         layer.weight.mul_(0.1)
         layer.bias.copy_(bias)
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report as Markdown: a table each for codecs, measuring, one image and growth, a line for each question."""
-    head = ["codec", "size", "device", "", "measured", "ratio", "goal"]
-    rows = [row for case in report["cases"] for row in _rows(case)]
-    for weighed in report["memory"]:
-        plane = f"{weighed['side']} x {weighed['side']}"
-        text = weighed.get("note") or f"{weighed['peak_mib']:.0f} MiB, {weighed['before_mib']:.0f} before"
-        rows.append([weighed["codec"], plane, weighed.get("device", DEVICE.type), "peak memory of one plane", text])
-    of_measuring = ["detector", "size", "device", "images", "measure", "plain loop", "ratio", "for a variant", "goal"]
-    of_measuring.append("equal results")
-    grown, (few, *_, many) = report["growth"], report["growth"]["times"]
-    ratio = f"{many} x to {few} x images"
-    of_growth = ["stage", "items", "seconds", "CPU seconds", ratio, "goal", "peak, MiB", ratio, "goal"]
-    of_online = ["cell", "device", "qualities", *SENDER, "sender", f"to {PLAIN_CODING}", *RECEIVER, "receiver"]
-    of_online.append("peak, MiB: sender, receiver")
-    facts = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    tables = (
-        ("Codecs", head, rows),
-        ("Losses of one coded scale", of_measuring, [_measuring_row(case) for case in report["measuring"]]),
-        ("One image, seconds", of_online, [row for case in report["online"] for row in _online_rows(case)]),
-        ("Growth", of_growth, [_growth_row(stage, many / few) for stage in grown["stages"]]),
-    )
-    grid = partial(tabulate, tablefmt="github", disable_numparse=True)
-    parts = [f"{title}\n\n{grid(rows, head)}" for title, head, rows in tables]
-    return "\n\n".join([*parts, f"Peak of a process that does nothing: {grown['before_mib']:.0f} MiB.", facts])
-
-
-def _measuring_row(case: dict[str, Any]) -> list[str]:
-    key = [case["detector"], case["size"], case["device"]]
-    if "note" in case:
-        return [*key, "", case["note"]]
-    seconds = case["seconds"]
-    return [
-        *key,
-        str(case["images"]),
-        f"{case['variants']} variants, skipped ones too: {seconds['ours']:.1f} s",
-        f"{case['evaluations']} evaluations: {seconds['plain']:.1f} s",
-        f"{case['times_plain']:.2f}",
-        f"{case['times_plain_each']:.2f}",
-        MEASURING_GOAL,
-        f"{case['equal']:.2%}",
-    ]
-
-
-def _online_rows(case: dict[str, Any]) -> list[list[str]]:
-    if "note" in case:
-        return [[case["cell"], case["device"], "all", case["note"]]]
-    sender, receiver = case["sender"]["seconds"], case["receiver"]["seconds"]
-    totals = {way: sum(steps.values()) for way, steps in sender.items()}
-    peaks = f"{case['sender']['peak_mib']:.0f}, {case['receiver']['peak_mib']:.0f}"
-    return [
-        [
-            case["cell"],
-            case["device"],
-            way,
-            *(f"{steps[step]:.3f}" if step in steps else "" for step in SENDER),
-            f"{totals[way]:.3f}",
-            f"{totals[way] / totals[PLAIN_CODING]:.2f}",
-            *(f"{receiver[way][step]:.3f}" for step in RECEIVER),
-            f"{sum(receiver[way].values()):.3f}",
-            peaks,
-        ]
-        for way, steps in sender.items()
-    ]
-
-
-def _growth_row(stage: dict[str, Any], times: float) -> list[str]:
-    items, peaks = (", ".join(f"{value:.0f}" for value in stage[name]) for name in ("items", "peak_mib"))
-    seconds, of_cpu = (", ".join(f"{value:.1f}" for value in stage[name]) for name in ("seconds", "cpu_seconds"))
-    goals = f"at most {times:.0f}", PEAK_GOAL
-    ratios = [f"{stage['ratio'][name]:.2f}" for name in ("cpu_seconds", "peak_mib")]
-    return [stage["stage"], items, seconds, of_cpu, ratios[0], goals[0], peaks, ratios[1], goals[1]]
-
-
-def _rows(case: dict[str, Any]) -> list[list[str]]:
-    key = [case["codec"], " x ".join(map(str, case.get("plane", [case["size"]]))), case["device"]]
-    if "note" in case:
-        return [[*key, "all", case["note"]]]
-    seconds, goal = case["seconds"], GOALS.get((case["size"], case["device"]))
-    plain = seconds["plain_compress"] + seconds["plain_decompress"]
-    speed = f"{case['samples_per_second'] / 1e6:.3f} M samples/s"
-    rows = [
-        ["compress, to network + entropy coder alone", speed, f"{case['of_limit']:.2f}", "0.9"],
-        [
-            f"compress and reconstruct, to compress + decompress of {case['plain']}",
-            f"{seconds['encode']:.2f} s, {plain:.2f} s",
-            f"{case['times_plain']:.2f}",
-        ],
-    ]
-    if goal:
-        rows[-1].append(str(goal))
-    for name, coding in (("", case["entropy_coding"]), (", plane by plane", case["entropy_coding_by_plane"])):
-        for way in ("encode", "decode", "both"):
-            rate = f"{coding['symbols_per_second'][way] / 1e6:.1f} M symbols/s"
-            rows.append([f"entropy coding, to compressai's: {way}{name}", rate, f"{coding['ratio'][way]:.2f}", "3"])
-        sizes = coding["bytes"], coding["compressai_bytes"]
-        text = f"{sizes[0]}, {sizes[1]} bytes"
-        rows.append([f"strings, to compressai's{name}", text, f"{sizes[0] / sizes[1]:.4f}"])
-    together = case["all_cores"]
-    if "note" in together:
-        rows.append(["entropy coding on all cores", together["note"]])
-    else:
-        what = f"entropy coding by {together['processes']} processes, to as many times one"
-        rows.append([what, f"{together['seconds']['all']:.3f} s each", f"{together['of_linear']:.2f}"])
-        rows[-1].append(f"near 1; SHA-256: {together['of_linear_hash']:.2f}")
-    return [[*key, *row] for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Made-up tables of all stages before the report, for `report` to read."""
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from stages.lib import results
+from stages import report
+from stages.lib import page, results
 from stages.lib.files import write_csv, write_json
 from stages.lib.loss_rate import Curves, fit_scales
 from stages.lib.params import SCALES
@@ -30,7 +33,40 @@ RATES = {  # method -> bits against uniform at equal accuracy
 }
 PRECODE = list(PARAMS["lambdas"]).index(PARAMS["mfip"]["precode"])
 TEST = list(range(2, 10))  # images
+HOSTILE = "</script><img src=x onerror=\"errors.push('script')\">"
 PIXELS = dict(zip(SCALES, (65536, 16384, 4096, 1024, 256), strict=True))
+BENCHMARK = {
+    "machine": {"processor": "Abacus", "cores": 2},
+    "cases": [
+        {"codec": "elic", "size": "default", "device": "cpu", "threads": 1, "planes": 20, "peak_mib": 500.2}
+        | {"seconds": {"encode": 0.5, "decode": 0.25, "network": 0.1}, "of_limit": 0.9},
+        {"codec": "elic", "size": "coco", "device": "cuda", "note": "not measured"},
+    ],
+    "online": [
+        {
+            "cell": "detection-elic",
+            "device": "cpu",
+            "sender": {
+                "seconds": {
+                    "uniform": {"backbone": 0.1, "coding": 0.7, "writing": 0.2},
+                    "adaptive": {"backbone": 0.1, "precoding": 0.6, "MFIP": 0.3, "allocation": 0.4, "coding": 0.2},
+                },
+                "peak_mib": 711.4,
+            },
+            "receiver": {"seconds": dict.fromkeys(("uniform", "adaptive"), {"decoding": 0.5, "heads": 0.25})}
+            | {"peak_mib": 645.2},
+        },
+        {"cell": "detection-tcm", "device": "cpu", "note": "does not fit in memory"},
+    ],
+    "growth": {
+        "times": [1, 2, 4],
+        "before_mib": 412.3,
+        "stages": [
+            {"stage": "measure@small-hevc", "items": [32, 64, 128], "peak_mib": [600, 610, 630]}
+            | {"seconds": [4, 7, 14.5], "cpu_seconds": [3, 5, 10.2]}
+        ],
+    },
+}
 
 
 def write_evaluation(folder: Path, task: str) -> None:
@@ -178,3 +214,39 @@ def ledger(quality: int, rate: float = 1.0) -> pd.DataFrame:
     ]
     table, parts = pd.DataFrame(lines), {"latent": 5, "hyper": 1, "header": 1, "range": 1}
     return table.assign(**{f"bytes_{part}": table["bits"] * share / 64 for part, share in parts.items()})
+
+
+def write_page(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A profile's folder after all stages and the benchmark, and the content of its page."""
+    write_profile(folder)
+    (folder / "reports/benchmark.json").write_text(json.dumps(BENCHMARK))
+    contents = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write = page.document
+        patch.setattr(page, "document", lambda content: contents.append(content) or write(content))
+        with pytest.warns(UserWarning, match="doubtful"):
+            report.main(Path("data"), Path("reports"))
+    return folder, contents[0]
+
+
+def additivity_table() -> pd.DataFrame:
+    rng = np.random.default_rng(4)
+    additive = rng.gamma(2, 1, 240)
+    columns = {
+        "image_id": np.repeat(np.arange(24), 10),
+        "kind": np.tile(["any", "near", "skipping", "any", "near"], 48),
+    }
+    losses = {"joint": 0.9 * additive + rng.normal(0, 0.1, 240), "mirrored": additive, "additive": additive}
+    return pd.DataFrame(columns | {"bits": rng.integers(1000, 9000, 240)} | losses)
+
+
+def size_rows() -> list[dict[str, Any]]:
+    names = [("bd_rate", name) for name in ("static", "mfiba")]
+    names += [(quantity, s) for quantity in ("weight", "sensitivity", "measured_sensitivity") for s in SCALES]
+    interval = {"value": 0.5, "ci_low": 0.2, "ci_high": 0.7}
+    return [
+        {"size": size, "quantity": quantity, "name": name} | interval
+        for size in ("small", "medium", "large")
+        for quantity, name in names
+    ]

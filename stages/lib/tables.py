@@ -300,8 +300,8 @@ def _mfip_table(mfip: dict[tuple[str, str], dict]) -> Table:
         rows.append([f"{task}, {codec}", *(f"{value:.4f}" for value in errors), " ".join(found["flags"])])
     headers = ["", "KL, network", "KL, constant", "MAE, network", "MAE, constant", "flags"]
     note = (
-        "5-fold cross-validation. Flag constant: the network was not better than the mean weight by two standard errors, "
-        "so MFIP is that constant."
+        "5-fold cross-validation. Flag constant: the network was not better than the mean weight by two standard "
+        "errors, so MFIP is that constant."
     )
     return Table("MFIP: error of the predicted weights on held-out images of fit", headers, rows, [note])
 
