@@ -158,14 +158,13 @@ def test_the_headline_stands_beside_the_fixed_vector_and_its_interval(seen: dict
 
 def test_every_table_of_the_report_is_folded_in_the_page(seen: dict, made: tuple[Path, dict[str, Any]]) -> None:
     folder, content = made
-    assert [table[0] for table in seen["tables"]] == [table["title"] for table in content["tables"]]
     text = "".join((folder / f"reports/tables/{name}.md").read_text() for name in ("bd_rate", "rd_points"))
-    titles, notes = re.findall(r"^\*\*(.*)\*\*$", text, re.M), re.findall(r"^(?![|*]|\* \*).+", text, re.M)
-    assert titles == [table[0] for table in seen["tables"]] and len(titles) > 8
+    titles, notes = re.findall(r"^\*\*(.*)\*\*$", text, re.M), re.findall(r"^(?!\||\*\*).+", text, re.M)
+    assert titles == [table[0] for table in seen["tables"]] == [table["title"] for table in content["tables"]]
     shown = "\n".join(line for table in seen["tables"] for line in table)
     assert all(note in shown for note in notes)
-    cells = (re.split(r" *\| *", line.strip("| \n")) for line in re.findall(r"^\|(?!:).*", text, re.M))
-    assert all("|".join(row) in shown for row in cells)
+    rows = ["|".join(cell.strip() for cell in row[1:-1].split("|")) for row in re.findall(r"^\|(?!:).*", text, re.M)]
+    assert len(rows) > 50 and all(row in shown for row in rows) and len(notes) > 5
 
 
 def test_a_table_that_scrolls_is_a_region_of_its_own_with_a_name(seen: dict) -> None:
