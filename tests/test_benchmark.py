@@ -205,9 +205,9 @@ def test_the_tables_have_a_line_for_every_question(report):
     taken = ("32, 64, 128", "3.5, 6.0, 11.0", "3.0, 5.0, 9.0", "3.00", "600, 605, 612", "1.02")
     assert all(re.search(rf"\| +{re.escape(text)} +\|", grown) for text in (*taken, "at most 4"))
     plain, adaptive = (line for line in lines if "detection-tiny" in line)
-    plain, adaptive = (re.split(r" *\| *", line) for line in (plain, adaptive))
-    assert plain[3:-1] == "uniform 0.100    0.700 0.200 1.000 1.00 0.500 0.250 0.750 711 645".split(" ")
-    assert adaptive[-8:-1] == "1.600 1.60 0.500 0.250 0.750 711 645".split(" ")
+    plain, adaptive = (re.sub(r"[ |]+", " ", line) for line in (plain, adaptive))
+    assert plain.endswith(" uniform 0.100 0.700 0.200 1.000 1.00 0.500 0.250 0.750 711 645 ")
+    assert adaptive.endswith(" 1.600 1.60 0.500 0.250 0.750 711 645 ")
     assert any("412 MiB" in line for line in lines)
     assert sum(bool(re.match(r"\| elic +\| (64 x 64|128 x 128) ", line)) for line in lines) == 2
     one = {**report, "cases": [{**report["cases"][0], "note": "does not fit in memory"}]}

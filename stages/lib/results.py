@@ -97,8 +97,10 @@ class Results(NamedTuple):
 
     def of(self, task: str, codec: str) -> "Results":
         """The rows of one cell; `features`, which are of no task, as they are."""
-        found = (table[(table["task"] == task) & (table["codec"] == codec)] for table in self[:-1])
-        return Results(*found, self.features)
+        of_cells = {name: table for name, table in self._asdict().items() if name != "features"}
+        return self._replace(
+            **{name: table[(table["task"] == task) & (table["codec"] == codec)] for name, table in of_cells.items()}
+        )
 
 
 def compare_cells(cells: Cells, curves: dict[tuple[str, str], pd.DataFrame]) -> Results:
