@@ -9,7 +9,7 @@ from scipy.interpolate import PchipInterpolator
 from test_doc_tables import DOCUMENTS, DRAWS, ROOT, SPEED, benchmark, read, speed_cases, within
 
 from stages.lib.bd_rate import pareto
-from stages.lib.benchmark_tables import MEASURING_GOAL
+from stages.lib.benchmark_tables import MEASURING_GOAL, PEAK_GOAL
 
 WORDS = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]  # of counts in the text
 CLAIMS = [  # text with two whole numbers -> table of differences, or of BD-rates, and the rows it is about
@@ -125,6 +125,16 @@ def missed() -> list[str]:
         found += [f"{name} ({', '.join(behind)})"] if behind else []
     slow = [case["detector"] for case in benchmark("measuring") if case.get("times_plain", np.inf) < MEASURING_GOAL]
     return found + (["measuring"] if slow else [])
+
+
+def test_the_text_names_every_stage_that_grows_beyond_its_goal() -> None:
+    text = " ".join((ROOT / "docs/scaling.md").read_text(encoding="utf-8").split())
+    few, *_, many = benchmark("growth")["times"]
+    ratios = {stage["stage"]: stage["ratio"] for stage in benchmark("growth")["stages"]}
+    beyond = [
+        name for name, found in ratios.items() if found["cpu_seconds"] > many / few or found["peak_mib"] > PEAK_GOAL
+    ]
+    assert f"missed by {' and '.join(f'`{name}`' for name in beyond) or 'none'}" in text
 
 
 def test_the_text_names_every_goal_of_speed_that_was_missed() -> None:

@@ -218,7 +218,7 @@ def measuring() -> Rows:
         if "note" not in case:
             ours, plain = case["seconds"]["ours"], case["seconds"]["plain"]
             table.append([f"`{case['detector']}`", str(case["images"]), f"{ours:.1f} s", f"{plain:.1f} s"])
-            table[-1] += [f"{case[name]:.1f}" for name in ("times_plain", "times_plain_each")]
+            table[-1] += [f"{case[name]:.2f}" for name in ("times_plain", "times_plain_each")]
             table[-1].append(f"{case['equal']:.2%}")
     return table
 

@@ -143,7 +143,7 @@ def test_every_chart_is_drawn_without_an_error(seen: dict) -> None:
 def test_the_headline_stands_beside_the_fixed_vector_and_its_interval(seen: dict, content: dict[str, Any]) -> None:
     (headline,) = seen["headline"]
     hero = re.fullmatch(
-        r"mfiba: (−\S+) to \1 % \(static −20.0 to −20.0 %\) bits against uniform, in 1 of 2 cells; "
+        r"mfiba: (−\S+) to \1 % bits against uniform \(static −20.0 to −20.0 %\), in 1 of 2 cells; "
         r"−\S+ to −\S+ % \(static −20.0 to −20.0 %\) where at least 90 % of the uncoded accuracy is kept",
         headline,
     )[1]

@@ -115,7 +115,9 @@ def _curve(rows: pd.DataFrame, resamples: pd.DataFrame) -> dict[str, list]:
 def _saving(row: pd.Series) -> dict[str, Any]:
     notes: dict[str, int] = {}
     bd_cell(row.fillna({"flags": ""}), notes)
-    numbers = {"value": row["bd_rate_pchip"], "low": row["ci_low"], "high": row["ci_high"]}
+    names = {"value": "bd_rate_pchip", "low": "ci_low", "high": "ci_high"}
+    # As the tables round: rounded twice, to DIGITS and where it is shown, a number could be another there.
+    numbers = {name: float(f"{row[column]:.1f}") for name, column in names.items()}
     return {"method": row["method"], **numbers, "doubt": " ".join(notes)}
 
 

@@ -31,9 +31,10 @@ function headline(hero, fixed) {
   const values = (part, name) => data.cells.flatMap((cell) => savingOf(cell, part, name)?.value ?? []);
   const ends = (found) => `${signed(Math.min(...found))} to ${signed(Math.max(...found))} %`;
   const saved = (part, name) => (values(part, name).length ? ends(values(part, name)) : "no BD-rate");
-  const both = (part) => `${saved(part, hero)} (${fixed} ${saved(part, fixed)})`;
+  const beside = (part) => `(${fixed} ${saved(part, fixed)})`;
+  const all = `${saved("savings", hero)} bits against ${data.anchor} ${beside("savings")}`;
   const count = `${values("savings", hero).length} of ${data.cells.length} cells`;
-  return `${hero}: ${both("savings")} bits against ${data.anchor}, in ${count}; ${both("high")} ${kept()}`;
+  return `${hero}: ${all}, in ${count}; ${saved("high", hero)} ${beside("high")} ${kept()}`;
 }
 
 // All codecs of a task, one below the other; the axis is that of all tasks.
