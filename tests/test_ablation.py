@@ -82,7 +82,9 @@ def senses(fit, test) -> Senses:
         name: (rng.uniform(0.1, 3, fit.pixels.shape), rng.uniform(0.1, 3, test.pixels.shape))
         for name in ("variance", "gradient")
     }
-    return Senses(learned, activity)
+    shape = *test.loss.shape[:2], test.loss.shape[2] + test.loss_skipped.shape[2]
+    losses = {name: np.sort(rng.uniform(0, 1, shape))[:, :, ::-1] for name in ("pseudo_alone", "mfiba_pseudo")}
+    return Senses(learned, activity, losses)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,9 @@ def test_without_precoding_all_images_of_one_sensitivity_get_one_vector(fit, tes
     assert (phi != phi[:, :1]).any()  # the bits are the image's
 
 
-def test_means_of_fit_are_a_fixed_sensitivity_and_a_share_one_of_mean_1(fit, test, model, of_fit, senses, methods):
+def test_means_of_fit_are_a_fixed_sensitivity_and_weights_and_shares_of_mean_1(
+    fit, test, model, of_fit, senses, methods
+):
     fixed = of_fit._replace(sensitivity=np.broadcast_to([1.5, 0.5, 0.2, 2.0, 1.0], fit.pixels.shape))
     shares = Importance(np.full(test.pixels.shape, 0.2), np.broadcast_to(fixed.sensitivity[0], test.pixels.shape))
     known = variants(fit, test, model, shares, fixed, senses, PRECODE, SEED)
@@ -151,7 +155,18 @@ def test_means_of_fit_are_a_fixed_sensitivity_and_a_share_one_of_mean_1(fit, tes
     even = variants(
         fit, test, model, shares, fixed._replace(weights=np.full(fit.pixels.shape, 0.2)), senses, PRECODE, 1
     )
+    assert np.array_equal(chosen(even["sensitivity_weight"]), chosen(methods["sensitivity_one"]))
     assert np.array_equal(chosen(even["sensitivity_share"]), chosen(methods["sensitivity_one"]))
+
+
+def test_a_share_keeps_the_scales_of_an_image_and_forgets_how_much_it_loses(
+    fit, test, model, importance, of_fit, senses, methods
+):
+    times = np.random.default_rng(0).uniform(0.5, 2, (len(test.image_ids), 1))
+    louder = importance._replace(sensitivity=importance.sensitivity * times)
+    known = variants(fit, test, model, louder, of_fit, senses, PRECODE, SEED)
+    assert np.array_equal(chosen(known["sensitivity_share"]), chosen(methods["sensitivity_share"]))
+    assert not np.array_equal(chosen(known["mfiba"]), chosen(methods["mfiba"]))
 
 
 def test_every_other_sensitivity_changes_the_choice(methods):

@@ -245,6 +245,13 @@ def test_rivals_are_held_out():
     assert set(rivals(curves, 0).values()) == {None}  # nothing to explain
 
 
+def test_a_measured_sensitivity_does_not_explain_the_noise_it_was_measured_with():
+    loss, skipped = np.random.default_rng(0).normal(3, 1, (2, 200, 5, 4))
+    ones = np.ones(loss.shape)
+    curves = Curves(np.arange(200), ones, loss, skipped, np.ones(200), ones, np.ones((200, 5)), ones)
+    assert rivals(curves, 1)["quality_sensitivity"] < 0
+
+
 def power_data(alpha, beta, noise=0.0, n=60):
     rng = np.random.default_rng(2)
     weight = rng.uniform(0.05, 0.6, n)

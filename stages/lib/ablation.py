@@ -48,7 +48,8 @@ ROWS = {  # part of the method -> variant -> what it is
     "sensitivity": {
         "sensitivity_one": "1 for all scales and images",
         "sensitivity_mean": "the mean of those predicted on fit: only the bits are of the image",
-        "sensitivity_share": "MFIP's weight over its mean on fit: a share in place of a magnitude",
+        "sensitivity_weight": "MFIP's weight over its mean on fit",
+        "sensitivity_share": "the predicted sensitivities as shares, over their mean on fit: no magnitude of the image",
         "sensitivity_permuted": "that of another image",
         "sensitivity_bits": "bits of the precoded scale over their mean on fit",
         "sensitivity_variance": "spatial variance of the features over its mean on fit",
@@ -71,6 +72,11 @@ ROWS = {  # part of the method -> variant -> what it is
         "measured_skip": "the same with measured sensitivities",
         "oracle_skip": "the same with the image's own losses as measured",
     },
+    "pseudo-labels": {
+        "pseudo_alone": "losses against the sender's own uncoded detections, as they are; bits are real here",
+        "mfiba_pseudo": "these and mfiba's losses, in the mix that is best on fit",
+        "mfiba_pseudo_skip": "the same, every scale may be skipped",
+    },
     "the authors' algorithm": {
         "upstream_predicted": "with MFIP's weights",
         "upstream_calibrated": "with MFIP's weights, calibrated on fit as the authors calibrate",
@@ -86,14 +92,16 @@ SEES_LABELS = {
     "upstream_measured",
     "upstream_image",
 }
-AGAINST_SKIPPING = {"static_skip", "coded_pool_skip", "measured_skip", "oracle_skip"}  # compared with mfiba_skip
+# Compared with mfiba_skip.
+AGAINST_SKIPPING = {"static_skip", "coded_pool_skip", "measured_skip", "oracle_skip", "mfiba_pseudo_skip"}
 
 
 class Senses(NamedTuple):
-    """Sensitivities other than MFIP's, for the images of test."""
+    """Sensitivities other than MFIP's, and losses other than theirs times the mean, for the images of test."""
 
     learned: dict[str, np.ndarray]  # channels, objectness, ap: [n, 5], what ridges from other inputs or labels predict
     activity: dict[str, tuple[np.ndarray, np.ndarray]]  # variance, gradient: of fit [m, 5] and of test [n, 5]
+    losses: dict[str, np.ndarray]  # pseudo_alone, mfiba_pseudo: [n, 5, 2 K + 1], columns as `loss`, then `loss_skipped`
 
 
 def described_rows() -> pd.DataFrame:
@@ -128,6 +136,7 @@ def variants(
         | sensitivities(fit, test, model, importance, of_fit, senses, precode, seed)
         | other_bits(test.bits, model, importance.sensitivity)
         | skipping(test, model, importance.sensitivity, precode)
+        | with_losses(test.bits, senses.losses)
         | {
             "static_smooth": _static_smooth(model, len(test.bits)),
             "upstream_calibrated": upstream_with(calibration[weight_bins(importance.weights)], test, model),
@@ -171,7 +180,8 @@ def sensitivities(
     found = {
         "one": np.ones_like(precoded),
         "mean": np.broadcast_to(of_fit.sensitivity.mean(0), precoded.shape),
-        "share": importance.weights / of_fit.weights.mean(0),
+        "weight": importance.weights / of_fit.weights.mean(0),
+        "share": shares(importance.sensitivity) / shares(of_fit.sensitivity).mean(0),
         "permuted": of_another_image(importance.sensitivity, seed),
         "bits": relative(fit.bits[:, :, precode], precoded),
         **{name: relative(*activity) for name, activity in senses.activity.items()},
@@ -202,6 +212,15 @@ def skipping(test: Curves, model: dict, sensitivity: np.ndarray, precode: int) -
         "pool_skip": lambda lambda_prime: with_skipping(sent, skipped_pool, bits, lambda_prime),
         "coded_pool_skip": lambda lambda_prime: with_skipping(loss, skipped_others, bits, lambda_prime),
         "measured_skip": mfiba_skip(measured(test, model), precoded, model, precode),
+    }
+
+
+def with_losses(bits: np.ndarray, losses: dict[str, np.ndarray]) -> dict[str, Choose]:
+    """Who knows the bits [n, 5, K] of all qualities, and expects these losses [n, 5, 2 K + 1]; also with skipping."""
+    k = bits.shape[2]
+    mixed = losses["mfiba_pseudo"]
+    return {name: priced(loss[:, :, :k], bits) for name, loss in losses.items()} | {
+        "mfiba_pseudo_skip": lambda lambda_prime: with_skipping(mixed[:, :, :k], mixed[:, :, k:], bits, lambda_prime)
     }
 
 
@@ -280,6 +299,11 @@ def of_another_image(values: np.ndarray, seed: int) -> np.ndarray:
     shuffled = np.empty_like(values)
     shuffled[order] = values[np.roll(order, 1)]
     return shuffled
+
+
+def shares(values: np.ndarray) -> np.ndarray:
+    """[n, 5] > 0 -> the same with sum 1 in every row."""
+    return values / values.sum(1, keepdims=True)
 
 
 def relative(fit: np.ndarray, test: np.ndarray) -> np.ndarray:

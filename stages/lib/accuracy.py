@@ -24,6 +24,7 @@ from stages.lib.schema import InputError
 if TYPE_CHECKING:  # only annotations need torch: resampling must start at once
     from torch import Tensor
 
+CHANCE = "chance"  # of an annotation that may be no object: what its utility counts times; 1 where it is missing
 LEAST_OVERLAP = 0.5  # of a detection that is worth something: COCO's lowest threshold
 RECALLS = Params("bbox").recThrs  # [101], the same for every task
 CHUNK = 2**17  # numbers in one array [resamples, detections]: 1 MB stays in the cache, whatever the data set
@@ -163,15 +164,18 @@ def _evaluate(evaluation: COCOeval, pair: tuple[int, int], sigmas: dict[int, np.
 
 
 def _utility(evaluation: COCOeval, pair: tuple[int, int], scores: list[float]) -> float:
-    """Sum over the objects of one (image id, category id) of the best detection's  score * (overlap - 0.5) / 0.5.
+    """Sum over the objects of one (image id, category id) of the best detection's  score * (overlap - 0.5) / 0.5, times
+    the object's chance to be one, which ground truth has not: 1.
 
     Overlap: IoU of boxes or masks, OKS of keypoints, that `_evaluate` has left; below 0.5 nothing is found. Unlike AP
     it is smooth in scores and overlaps, and an object counts alike in every image, as it does in the AP of a split.
     """
     overlaps = np.asarray(evaluation.ious[pair]).reshape(len(scores), -1)  # [D, G], by falling score
-    counted = [not item["ignore"] for item in evaluation._gts[pair]] if overlaps.shape[1] else []
+    objects = evaluation._gts[pair] if overlaps.shape[1] else []
+    counted = [not item["ignore"] for item in objects]
+    chances = np.array([item.get(CHANCE, 1.0) for item in objects])[counted]
     worth = np.clip((overlaps[:, counted] - LEAST_OVERLAP) / (1 - LEAST_OVERLAP), 0, None)
-    return float((np.array(scores)[:, None] * worth).max(0, initial=0).sum())
+    return float(((np.array(scores)[:, None] * worth).max(0, initial=0) * chances).sum())
 
 
 def _oks_sigmas(truth: COCO, params: Params) -> dict[int, np.ndarray]:

@@ -251,8 +251,8 @@ def rivals(curves: Curves, s: int) -> dict[str, float | None]:
 
     power: alpha R^beta (the paper's, all weights alike), power_offset: alpha R^beta + c, exponential:
     alpha exp(-beta R), mse: kappa * MSE, quality: the mean of each quality; then quality_sensitivity: the latter times
-    the image's measured sensitivity, what a perfect predictor could reach. 5-fold cross-validation over images, fold =
-    index mod 5.
+    the image's sensitivity, as measured on the other qualities: what a perfect predictor could reach. 5-fold
+    cross-validation over images, fold = index mod 5.
     """
     loss, rate, mse = curves.loss[:, s], curves.bpp_plane[:, s], curves.mse[:, s]
     rate, mse = rate / rate.mean(), mse / mse.mean()
@@ -264,7 +264,8 @@ def rivals(curves: Curves, s: int) -> dict[str, float | None]:
         "mse": (lambda m, kappa: kappa * m, mse),
     }
     predicted = {name: np.full(loss.shape, np.nan) for name in RIVALS}
-    sensitivity = sensitivity_labels(curves.loss, curves.loss_skipped)[:, s, None]
+    every = np.concatenate([curves.loss, curves.loss_skipped], 2)[:, s : s + 1]  # [n, 1, K + 1 + K]
+    sensitivity = np.hstack([_sensitivity_without(every, q) for q in range(loss.shape[1])])  # [n, K]
     for k in np.unique(fold):
         train, left = fold != k, fold == k
         predicted["quality"][left] = loss[train].mean(0)
@@ -279,6 +280,12 @@ def rivals(curves: Curves, s: int) -> dict[str, float | None]:
                     continue
             predicted[name][left] = shape(x[left], *found)
     return {name: _json_number(_quality(loss, values)[0]) for name, values in predicted.items()}
+
+
+def _sensitivity_without(loss: np.ndarray, q: int) -> np.ndarray:
+    """Losses [n, 1, Q] of one scale -> the images' sensitivities [n, 1] by all of them but the q-th."""
+    others = np.delete(loss, q, 2)
+    return sensitivity_to(np.clip(others.mean(0), 0, None), others)
 
 
 def solve_power(weight: np.ndarray, drop: np.ndarray, rate: np.ndarray) -> tuple[float, float, bool]:

@@ -62,10 +62,8 @@ def uncoded_accuracies(
     for batch in features.batches(image_ids):
         clean = _on_device(features.pyramids(batch))
         variants = [clean]
-        for scale in SCALES:
-            sent = {s: maps for s, maps in clean.items() if s not in (scale, COARSER.get(scale))}
-            variants.append(clean | {scale: predictor.complete(sent, clean["3"].shape)[scale]})
-        for task, (accuracies, utilities) in _own(detector, variants, batch, features, truth).items():
+        variants += [without(clean, scale, predictor) for scale in SCALES]
+        for task, (accuracies, utilities) in image_accuracies(detector, variants, batch, features, truth).items():
             for image_id, value, (utility, *left) in zip(batch, accuracies[0], utilities.T, strict=True):
                 if not np.isnan(value):
                     key = task, features.split, image_id
@@ -102,7 +100,7 @@ def single_scale_losses(
         for maps in decoded:
             variants += [clean | {scale: maps[scale]} for scale in SCALES]
             variants += [clean | {scale: predictor(scale, maps[coarser])} for scale, coarser in COARSER.items()]
-        for task, measured in _own(detector, variants, image_ids, features, truth).items():
+        for task, measured in image_accuracies(detector, variants, image_ids, features, truth).items():
             parts = (np.split(values, len(qualities)) for values in measured)
             for quality, accuracies, utilities in zip(qualities, *parts, strict=True):
                 for image_id, values, worth in zip(image_ids, accuracies.T, utilities.T, strict=True):
@@ -121,7 +119,13 @@ def single_scale_losses(
     return measure
 
 
-def _own(
+def without(clean: Pyramid, scale: str, predictor: Predictor) -> Pyramid:
+    """The pyramid as a receiver has it to whom neither this scale nor its coarser one is sent, this one predicted."""
+    sent = {s: maps for s, maps in clean.items() if s not in (scale, COARSER.get(scale))}
+    return clean | {scale: predictor.complete(sent, clean["3"].shape)[scale]}
+
+
+def image_accuracies(
     detector: FasterRCNN, variants: list[Pyramid], image_ids: list[int], features: Features, truth: Truths
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Variants of the pyramids of some images -> task -> each image's own AP, NaN without truth, and utility.
@@ -131,7 +135,7 @@ def _own(
     keys = [(v, i) for v in range(len(variants)) for i in image_ids]
     sizes, asked = [features.sizes(i) for _, i in keys], [truth.labels(i) for _, i in keys]
     found: dict[str, list[list[dict]]] = {task: [[] for _ in variants] for task in truth.coco}
-    for (v, i), detection in zip(keys, detect_variants(detector, _shared(variants), sizes, asked), strict=True):
+    for (v, i), detection in zip(keys, detect_variants(detector, variants_of(variants), sizes, asked), strict=True):
         for task in truth.coco:
             found[task][v] += results(i, detection, task, truth.person_ids)
     accuracies = {}
@@ -180,7 +184,7 @@ def _check_decoded(coded: Path, image_ids: list[int], clean: Pyramid, decoded: P
                 )
 
 
-def _shared(pyramids: list[Pyramid]) -> Variants:
+def variants_of(pyramids: list[Pyramid]) -> Variants:
     """Pyramids of the same n images, in many of which a scale is the same tensor -> variants, pyramid by pyramid."""
     maps, at = {}, {}
     for scale in SCALES:
