@@ -87,6 +87,13 @@ def test_x265_heeds_its_options(monkeypatch, option):
     assert codec.encode(dots, 36)[0].string != coded.string
 
 
+def test_a_sender_that_needs_no_reconstruction_decodes_nothing(monkeypatch):
+    (whole,) = codec.encode(structured(), 27)
+    monkeypatch.setattr(hevc, "_decode", None)
+    (sent,) = codec.encode(structured(), 27, reconstruct=False)
+    assert sent.string == whole.string and not sent.plane.numel()
+
+
 def test_coding_twice_gives_the_same_bytes():
     assert codec.encode(structured(), 27)[0].string == codec.encode(structured(), 27)[0].string
 

@@ -55,15 +55,18 @@ class Hevc(nn.Module):
         """
         return min(max(round(-math.log(0.038 * lmbda) / 0.234), 0), 51)
 
-    def encode(self, planes: Tensor, level: int) -> list[Coded]:
+    def encode(self, planes: Tensor, level: int, reconstruct: bool = True) -> list[Coded]:
         """Planes [B, c, H, W] in [0, 1], of any one size -> B coded planes."""
         _, c, height, width = planes.shape
         rows, columns = _picture_shape(c, height, width)
         stacked = planes.cpu().reshape(-1, 1, c * height, width)
         padded = functional.pad(stacked, (0, columns - width, 0, rows - c * height), mode="replicate")[:, 0]
         pictures = (padded * PEAK).round().clamp(0, PEAK).numpy().astype(np.uint16)
-        strings, start = [_encode(picture, level) for picture in pictures], _start(rows, columns)
-        received = _planes([_decode(start + string) for string in strings], (c, height, width))
+        strings = [_encode(picture, level) for picture in pictures]
+        received = planes.new_empty(len(planes), 0)
+        if reconstruct:
+            start = _start(rows, columns)
+            received = _planes([_decode(start + string) for string in strings], (c, height, width))
         return [Coded(string, 0, math.nan, plane) for string, plane in zip(strings, received, strict=True)]
 
     def decode(self, strings: list[bytes], level: int, shape: tuple[int, int, int]) -> Tensor:
