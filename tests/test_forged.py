@@ -21,7 +21,7 @@ from stages.lib.params import SCALES
 
 profile, inside = online_profile.profile, online_profile.inside  # fixtures
 CELLS = ("detection-elic", "segmentation-elic", "keypoints-elic", "detection-tcm", "detection-hevc")
-FILES = 80  # of each cell
+FILES = 60  # of each cell
 DECODE = """
 import json, resource, sys, time
 from pathlib import Path
@@ -45,7 +45,7 @@ for name in sys.argv[2:]:
     networks = load_networks(cell)
     assert received(whole)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**27, limits[1]))
     start = time.process_time()
     found[name] = {"decoded": sum(map(received, files)), "seconds": time.process_time() - start}
 print(json.dumps(found))
