@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchvision.transforms.functional import to_pil_image
 
-from stages.lib.bitstream import BitstreamError, parse
+from stages.lib.bitstream import BitstreamError, read
 from stages.lib.command import Parser, run
 from stages.lib.files import atomic, write_json
 from stages.lib.models import read_image
@@ -22,7 +22,7 @@ def main(bitstream: Path, out: Path, cell: str, image_id: int | None, picture: P
         raise InputError("--picture and --image belong together: where to draw, and what to draw on")
     described = load_cell(cell)
     try:
-        coded = parse(bitstream.read_bytes())
+        coded = read(bitstream)
         if image is not None:
             pixels, (height, width) = read_image(image), coded.original
             if pixels.shape[1:] != (height, width):

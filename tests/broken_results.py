@@ -111,7 +111,7 @@ IN_REPORTS = [
 ]
 IN_BITSTREAMS = [
     (gone("image.mfb"), "image.mfb: No such file"),
-    (folder("image.mfb"), "image.mfb: Is a directory"),
+    (folder("image.mfb"), "image.mfb: is no regular file; give a .mfb file"),
     (text("image.mfb", b""), "image.mfb: ... no feature bitstream: starts with b'', ... give a .mfb file"),
     (text("image.mfb", b"MFB"), "image.mfb: ... cut off after 3 bytes; copy it again"),
     (text("image.mfb", "no bitstream"), "image.mfb: ... no feature bitstream: starts with b'no '"),

@@ -78,7 +78,7 @@ class Rounding:
     def level(self, lmbda: float) -> int:
         return int(lmbda)
 
-    def encode(self, planes: torch.Tensor, level: int) -> list[Coded]:
+    def encode(self, planes: torch.Tensor, level: int, reconstruct: bool = True) -> list[Coded]:
         symbols = (planes * level).round().byte()
         strings = [zlib.compress(s.numpy().tobytes()) for s in symbols]
         return [Coded(string, 1, 0.0, s / level) for string, s in zip(strings, symbols, strict=True)]

@@ -84,7 +84,7 @@ class Rounding:
     def level(self, lmbda: float) -> int:
         return int(lmbda)
 
-    def encode(self, planes: torch.Tensor, level: int) -> list[Coded]:
+    def encode(self, planes: torch.Tensor, level: int, reconstruct: bool = True) -> list[Coded]:
         rows = torch.arange(planes.shape[2])[:, None] // 2 % 2  # of feature maps: quilts of 2 x 2 channels
         symbols = (planes * level + 0.8 * rows).floor().clip(0, level).byte()
         strings = [zlib.compress(s.numpy().tobytes()) for s in symbols]

@@ -110,7 +110,7 @@ def test_the_ledger_counts_every_byte_of_a_record(length, header):
         seen.append((strings, level, shape))
         return torch.zeros(1, *shape)
 
-    fake = SimpleNamespace(encode=lambda planes, level: [Coded(payload, hyper, 8.4, planes[0])], decode=decode)
+    fake = SimpleNamespace(encode=lambda planes, level, _: [Coded(payload, hyper, 8.4, planes[0])], decode=decode)
     fake_codec = FeatureCodec(fake, Packing("tile", {}, {}), 3)
     maps = torch.linspace(-1.2, 3.4, 48).view(1, 3, 4, 4)
     (record,) = encode_scale(maps, "0", 77, fake_codec)
@@ -134,6 +134,13 @@ def test_a_record_is_level_range_length_and_payload(feature_codec):
         length = record.data[5] & 127 | record.data[6] << 7 if record.data[5] > 127 else record.data[5]
         assert length == len(string)
         assert record.data.endswith(string)
+
+
+def test_a_record_without_a_reconstruction_is_the_same(feature_codec):
+    maps = torch.randn(2, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(4))
+    whole, sent = (encode_scale(maps, "1", 99, feature_codec, reconstruct) for reconstruct in (True, False))
+    assert [record[:4] for record in sent] == [record[:4] for record in whole]
+    assert np.isnan([record[4:] for record in sent]).all() and np.isfinite([record[4:] for record in whole]).all()
 
 
 def test_several_records_decode_as_each_alone(feature_codec):

@@ -249,7 +249,7 @@ def test_examples_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 EXTENSIONS = blocks(ROOT / "docs/extending.md", "diff")
 TRIAL = """
-import numpy as np, sys, torch, yaml
+import numpy as np, sys, torch, tracemalloc, yaml, zlib
 from pathlib import Path
 from stages.lib import allocation
 from stages.lib.coco import ground_truth, load_split
@@ -275,6 +275,11 @@ for level in map(codec.codec.level, params["lambdas"].values()):
     errors.append(records[0].mse_feature)
     bits.append(len(records[0].data))
 assert errors == sorted(errors)[::-1] and bits == sorted(bits)
+bomb = zlib.compress(bytes(10**8))
+tracemalloc.start()
+forged = codec.codec.decode([bomb], 0, (3, 8, 12))
+assert forged.shape == (1, 3, 8, 12) and not forged.any() and tracemalloc.get_traced_memory()[1] < 10**6
+tracemalloc.stop()
 
 split = load_split(Path(sys.argv[1]), "test")
 persons, everything = ground_truth(split, "persons"), ground_truth(split, "detection")

@@ -1,12 +1,15 @@
 """The receiver sees what x265 reconstructed, to the bit, and needs no more than the slice, the level and the shape."""
 
+import errno
 import hashlib
 import math
 import random
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import av
 import pytest
 import torch
 
@@ -84,6 +87,13 @@ def test_x265_heeds_its_options(monkeypatch, option):
     assert codec.encode(dots, 36)[0].string != coded.string
 
 
+def test_a_sender_that_needs_no_reconstruction_decodes_nothing(monkeypatch):
+    (whole,) = codec.encode(structured(), 27)
+    monkeypatch.setattr(hevc, "_decode", None)
+    (sent,) = codec.encode(structured(), 27, reconstruct=False)
+    assert sent.string == whole.string and not sent.plane.numel()
+
+
 def test_coding_twice_gives_the_same_bytes():
     assert codec.encode(structured(), 27)[0].string == codec.encode(structured(), 27)[0].string
 
@@ -117,6 +127,38 @@ def test_only_the_slice_is_sent(level):
     (coded,) = codec.encode(structured(), level)
     assert b"\x00\x00\x01" not in coded.string and not any(unit[2:10] in coded.string for unit in units)
     assert coded.bytes_hyper == 0 and math.isnan(coded.estimated_bits)
+
+
+@pytest.mark.parametrize("level", range(0, 52, 3))
+def test_no_slice_holds_what_is_refused(level):
+    """Noise and structure of many sizes; and a long run of zeros, which emulation prevention breaks up."""
+    sent = [codec.encode(x, level) for x in (planes(8, 1, 40, 72), structured(96, 128), structured(17, 129))]
+    (flat,) = codec.encode(torch.zeros(1, 1, 512, 1024), level)
+    assert b"\0\0\3" in flat.string
+    for coded in [flat, *sum(sent, [])]:
+        assert hevc.NO_SLICE.search(coded.string) is None
+
+
+def test_a_string_with_a_start_code_never_reaches_the_decoder(monkeypatch):
+    """Behind one could stand parameter sets of a picture that fits into no memory."""
+    (coded,), calls = codec.encode(structured(), 35), []
+    monkeypatch.setattr(hevc, "_decode", lambda stream: calls.append(stream))
+    large = hevc._encoder(4096, 4096, 0).extradata + hevc.SLICE_START + coded.string
+    for forged in (large, large[1:], coded.string + large, coded.string[:9] + b"\0\0\2" + coded.string[9:]):
+        assert refused(forged, (1, 64, 128))
+    for zeros in (b"\0", b"\0\0", b"\0\0\0\1"):
+        assert refused(coded.string + zeros, (1, 64, 128))
+    assert calls == []
+
+
+def test_memory_that_ends_in_the_decoder_is_no_damage(monkeypatch):
+    def decode(*_):
+        raise av.error.FFmpegError(errno.ENOMEM, "Cannot allocate memory")
+
+    (coded,) = codec.encode(structured(), 35)
+    monkeypatch.setattr(hevc.av.CodecContext, "create", lambda *_: SimpleNamespace(decode=decode))
+    with pytest.raises(MemoryError):
+        hevc._decode(coded.string)
 
 
 def test_the_parameter_sets_do_not_depend_on_the_level():

@@ -4,6 +4,7 @@ import math
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from stages.lib import learned
 from stages.lib.ans import LIMIT, Part, Tables, gaussians
+from stages.lib.coding import load_codec
 from stages.lib.elic import Elic
 from stages.lib.learned import SCALE_LIMITS, SCALE_TABLE, LearnedCodec, packet
 from stages.lib.schema import InputError
@@ -195,6 +197,29 @@ def test_a_receiver_does_not_know_the_senders_thrift(network):
         codec.thrift = thrift
         (coded,) = codec.encode(planes(1, 1, 40, 72), 200)
         assert torch.equal(receiver.decode([coded.string], 200, (1, 40, 72))[0], coded.plane)
+
+
+# ---- the shipped weights
+
+
+@pytest.mark.parametrize("level", [128, 255])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_real_bits_are_within_3_percent_of_the_networks_own_estimate(network, level, monkeypatch):
+    """That of `forward`, from likelihoods at its own scales and of numbers rounded to the nearest."""
+    monkeypatch.setattr(learned, "TRANSFORM_TYPE", torch.float32)
+    codec = load_codec(Path(__file__).parents[1] / f"data/pretrained/{network}.pt").codec
+    codec.thrift = 0.0
+    y, x = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
+    tile = 8 * y.div(32, rounding_mode="floor") + x.div(32, rounding_mode="floor")
+    waves = torch.sin(x * (0.2 + tile % 3 / 10) + tile) * torch.cos(y * (0.1 + tile % 5 / 20))
+    plane = 0.5 + 0.15 * waves + 0.1 * torch.sin(7 * tile) + 0.05 * (planes(1, 1, 256, 256) - 0.5)
+    share = level / 255
+    lmbda = torch.exp((1 - share) * codec.log_lambdas[:1] + share * codec.log_lambdas[-1:])
+    with torch.no_grad():
+        _, estimate = codec(plane, lmbda)
+    (coded,) = codec.encode(plane, level)
+    assert estimate > 50_000
+    assert abs(8 * len(coded.string) - estimate) < 0.03 * estimate + 100
 
 
 # ---- sizes

@@ -112,9 +112,13 @@ class Decoder:
         """Raises InputError unless the parts that were read are the whole string.
 
         Damage changes what follows, so that nearly always the string ends elsewhere; a file's checksum finds the rest.
+        So does a table that is another than the sender's: of an undamaged string, networks that round otherwise.
         """
         if self._coder.decode(BOTTOM) != 1 or not self._coder.is_empty():
-            raise InputError("a coded plane does not end where its numbers do: it is damaged; code it again")
+            raise InputError(
+                "a coded plane does not end where its numbers do: it is damaged, or another processor, GPU or version "
+                "of the libraries, which rounds otherwise, has coded it; decode it there, or code it again"
+            )
 
 
 def gaussians(scales: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import stat
 import struct
 import zlib
 from math import inf
@@ -47,6 +48,7 @@ LENGTH = re.compile(rb"[\x00-\x7f]|[\x80-\xff]{1,3}[\x01-\x7f]")  # a last byte 
 CRC = struct.Struct("<I")
 AGAIN = "code the image again"
 FRAME_BYTES = HEADER.size + CRC.size  # of a file, beside its records
+MOST_BYTES = FRAME_BYTES + len(SCALES) * (RECORD.size + 4 + 2**28 - 1)  # of a file: a length has 4 bytes of 7 bits
 
 
 class BitstreamError(InputError):
@@ -104,6 +106,17 @@ def pack(bitstream: Bitstream) -> bytes:
     header = HEADER.pack(MAGIC, VERSION, model, codec, *original, *resized, flags)
     body = header + b"".join(pack_record(records[scale]) for scale in sent)
     return body + CRC.pack(zlib.crc32(body))
+
+
+def read(path: Path) -> Bitstream:
+    """`parse` of a file; BitstreamError for one that can be none by its kind or size, before it is read."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise BitstreamError("is no regular file; give a .mfb file")
+    if about.st_size > MOST_BYTES:
+        raise BitstreamError(f"has {about.st_size} bytes, a bitstream at most {MOST_BYTES}; give a .mfb file")
+    with open(path, "rb") as file:
+        return parse(file.read(about.st_size))
 
 
 def parse(data: bytes) -> Bitstream:

@@ -60,7 +60,7 @@ class Record(NamedTuple):
     bytes_hyper: int
     bytes_latent: int
     estimated_bits: float
-    mse: float  # of the plane, in units of its range
+    mse: float  # of the plane, in units of its range; NaN, and so the next, of a plane that was not reconstructed
     mse_feature: float
 
 
@@ -142,19 +142,23 @@ def _is_table(name: str) -> bool:
     return name.split(".")[-1] in ("_offset", "_quantized_cdf", "_cdf_length", "scale_table", "mask")
 
 
-def encode_scale(features: Tensor, scale: str, level: int, feature_codec: FeatureCodec) -> list[Record]:
-    """Feature maps of one scale [N, C, H, W] -> N records."""
+def encode_scale(
+    features: Tensor, scale: str, level: int, feature_codec: FeatureCodec, reconstruct: bool = True
+) -> list[Record]:
+    """Feature maps of one scale [N, C, H, W] -> N records. A sender need not `reconstruct` what the receiver will."""
     codec, packing, channels = feature_codec
     planes, ranges = zip(*(pack(f, scale, packing) for f in features), strict=True)
     records = []
     for f, plane, value_range, coded in zip(
-        features, planes, ranges, codec.encode(torch.stack(planes).to(DEVICE), level), strict=True
+        features, planes, ranges, codec.encode(torch.stack(planes).to(DEVICE), level, reconstruct), strict=True
     ):
         data = bitstream.pack_record(bitstream.Record(level, value_range.low, value_range.high, coded.string))
-        received = coded.plane.cpu()
-        mse = (received - plane).square().mean().item()
-        # A tile without a channel is a part of the plane, but not of what the receiver unpacks.
-        mse_feature = (unpack(received, value_range, scale, channels, packing) - f).square().mean().item()
+        mse = mse_feature = math.nan
+        if reconstruct:
+            received = coded.plane.cpu()
+            mse = (received - plane).square().mean().item()
+            # A tile without a channel is a part of the plane, but not of what the receiver unpacks.
+            mse_feature = (unpack(received, value_range, scale, channels, packing) - f).square().mean().item()
         records.append(
             Record(
                 data, coded.bytes_hyper, len(coded.string) - coded.bytes_hyper, coded.estimated_bits, mse, mse_feature

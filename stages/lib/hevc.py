@@ -8,7 +8,9 @@ from the shape alone: the receiver takes them from an encoder of its own, and on
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 from fractions import Fraction
 
 import av
@@ -25,6 +27,9 @@ PEAK = 1023  # of 10 bits, at which x265 also predicts and reconstructs
 PIXELS = "gray10le"
 LEAST_SIDE = 16  # of a picture that x265 takes
 SLICE_START = b"\x00\x00\x01\x28\x01"  # start code and header of an IDR slice, always these; never found inside one
+# What no slice holds (H.265, 7.4.2): emulation prevention breaks up all runs of zeros, and the last bits are not all 0.
+# Behind a start code could stand parameter sets of any size, and the decoder would ask for the memory.
+NO_SLICE = re.compile(rb"\0\0[\0-\2]|\0\Z")
 # The squared error decides (no psychovisual terms, one QP everywhere). `medium`, with less RDOQ, costs 5 % more bits,
 # `slower` saves 0.2 %. Without filters and with transform skipping it is 0.6 % less on large planes, 11 % on the
 # smallest: tiles have sharp edges, and in a picture of few bytes every flag is dear.
@@ -50,7 +55,7 @@ class Hevc(nn.Module):
         """
         return min(max(round(-math.log(0.038 * lmbda) / 0.234), 0), 51)
 
-    def encode(self, planes: Tensor, level: int) -> list[Coded]:
+    def encode(self, planes: Tensor, level: int, reconstruct: bool = True) -> list[Coded]:
         """Planes [B, c, H, W] in [0, 1], of any one size -> B coded planes."""
         _, c, height, width = planes.shape
         rows, columns = _picture_shape(c, height, width)
@@ -58,7 +63,10 @@ class Hevc(nn.Module):
         padded = functional.pad(stacked, (0, columns - width, 0, rows - c * height), mode="replicate")[:, 0]
         pictures = (padded * PEAK).round().clamp(0, PEAK).numpy().astype(np.uint16)
         strings = [_encode(picture, level) for picture in pictures]
-        received = self.decode(strings, level, (c, height, width))
+        received = planes.new_empty(len(planes), 0)
+        if reconstruct:
+            start = _start(rows, columns)
+            received = _planes([_decode(start + string) for string in strings], (c, height, width))
         return [Coded(string, 0, math.nan, plane) for string, plane in zip(strings, received, strict=True)]
 
     def decode(self, strings: list[bytes], level: int, shape: tuple[int, int, int]) -> Tensor:
@@ -68,22 +76,33 @@ class Hevc(nn.Module):
         """
         c, height, width = shape
         rows, columns = _picture_shape(c, height, width)
-        start = _encoder(rows, columns, 0).extradata + SLICE_START  # type: ignore[operator]  # an open one has them
-        pictures = []
+        start, pictures = _start(rows, columns), []
         for string in strings:
-            picture = _decode(start + string)
+            picture = np.empty((0, 0), np.uint16) if NO_SLICE.search(string) else _decode(start + string)
             # The decoder reads on where a slice breaks off, and makes a picture of whatever follows.
-            complete = np.array_equal(picture, _decode(start + string + b"\xff" * 16))
+            complete = picture.size and np.array_equal(picture, _decode(start + string + b"\xff" * 16))
             if not complete or picture.shape != (rows, columns):
                 raise InputError(
                     f"HEVC string of {len(string)} bytes: not a whole picture of {rows} x {columns}; code it again"
                 )
-            pictures.append(picture[: c * height, :width].reshape(shape))
-        return torch.from_numpy(np.stack(pictures).astype(np.float32) / PEAK)
+            pictures.append(picture)
+        return _planes(pictures, shape)
 
 
 def _picture_shape(c: int, height: int, width: int) -> tuple[int, int]:
     return max(c * height, LEAST_SIDE), max(width, LEAST_SIDE)
+
+
+def _planes(pictures: list[np.ndarray], shape: tuple[int, int, int]) -> Tensor:
+    """B pictures, uint16 -> planes [B, c, H, W]."""
+    c, height, width = shape
+    cropped = np.stack([picture[: c * height, :width].reshape(shape) for picture in pictures])
+    return torch.from_numpy(cropped.astype(np.float32) / PEAK)
+
+
+def _start(rows: int, columns: int) -> bytes:
+    """What a stream has before the slice."""
+    return _encoder(rows, columns, 0).extradata + SLICE_START  # type: ignore[operator]  # an open one has them
 
 
 def _encoder(rows: int, columns: int, qp: int) -> av.VideoCodecContext:
@@ -111,6 +130,8 @@ def _decode(stream: bytes) -> np.ndarray:
     decoder.thread_count = 1
     try:
         frames = decoder.decode(av.Packet(stream)) + decoder.decode(None)
-    except av.FFmpegError:
+    except av.FFmpegError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(str(error)) from None
         frames = []
     return frames[0].to_ndarray() if len(frames) == 1 else np.empty((0, 0), np.uint16)

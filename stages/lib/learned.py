@@ -71,7 +71,7 @@ class Coded(NamedTuple):
     string: bytes
     bytes_hyper: int
     estimated_bits: float
-    plane: Tensor  # [c, H, W], the receiver's reconstruction
+    plane: Tensor  # [c, H, W], the receiver's reconstruction; [0] where it was not asked for
 
 
 class Rate(NamedTuple):
@@ -187,10 +187,10 @@ class LearnedCodec(nn.Module):
         self._saved = torch.from_numpy(np.diff(bits, prepend=bits[:, :1])).to(numbers.device)
         return self
 
-    def encode(self, planes: Tensor, level: int) -> list[Coded]:
+    def encode(self, planes: Tensor, level: int, reconstruct: bool = True) -> list[Coded]:
         """Planes [B, c, H, W] in [0, 1], of any one size, rate control in 0..255 -> B coded planes."""
         rate = self._rate(level)
-        return _in_lanes(lambda plane: self._encode(plane[None], rate), planes)
+        return _in_lanes(lambda plane: self._encode(plane[None], rate, reconstruct), planes)
 
     def decode(self, strings: list[bytes], level: int, shape: tuple[int, int, int]) -> Tensor:
         """B strings of planes of one shape (c, H, W) -> planes [B, c, H, W]; raises InputError at a damaged one."""
@@ -205,7 +205,7 @@ class LearnedCodec(nn.Module):
         return Rate(gain, inverse, 255**2 * lmbda * inverse.square().flatten())
 
     @torch.inference_mode()
-    def _encode(self, plane: Tensor, rate: Rate) -> Coded:
+    def _encode(self, plane: Tensor, rate: Rate, reconstruct: bool) -> Coded:
         height, width = plane.shape[2:]
         x = functional.pad(plane - self.centre, (0, -width % STRIDE, 0, -height % STRIDE))
         kind = _transform_type(x.shape[2] * x.shape[3])
@@ -224,7 +224,8 @@ class LearnedCodec(nn.Module):
         string, bytes_hyper = self._tables.encode(parts)
         sent = Part(*map(np.concatenate, zip(*parts, strict=True)))
         bits = self._tables.bits[sent.tables, sent.numbers + LIMIT].sum().item()
-        return Coded(string, bytes_hyper, bits, self._synthesis(y_hat, rate)[0, :, :height, :width])
+        received = self._synthesis(y_hat, rate)[0, :, :height, :width] if reconstruct else y_hat.new_empty(0)
+        return Coded(string, bytes_hyper, bits, received)
 
     def _worth_sending(self, exact: Tensor, tables: Tensor, price_of_error: Tensor) -> Tensor:
         """Numbers [n], channel by channel -> the nearest whole ones, or the next towards 0.
@@ -305,8 +306,8 @@ class Family(nn.Module):
         """The network whose lambda is nearest."""
         return min(range(len(self.lambdas)), key=lambda k: abs(math.log(self.lambdas[k] / lmbda)))
 
-    def encode(self, planes: Tensor, level: int) -> list[Coded]:
-        return self.members[level].encode(planes, 0)
+    def encode(self, planes: Tensor, level: int, reconstruct: bool = True) -> list[Coded]:
+        return self.members[level].encode(planes, 0, reconstruct)
 
     def decode(self, strings: list[bytes], level: int, shape: tuple[int, int, int]) -> Tensor:
         if level >= len(self.members):
