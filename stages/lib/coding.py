@@ -31,7 +31,7 @@ from stages.lib.schema import InputError
 from stages.lib.tcm import LicTcm
 
 RANGE_BYTES = 4  # of a record
-CHUNK_BYTES = 2**14  # of a shard's records: an image is read without its neighbours, but for so many bytes
+CHUNK_BYTES = 2**12  # of a shard's records: an image is read without its neighbours, but for so many bytes
 LEDGER = (
     "pixels",
     "bytes_latent",
