@@ -135,9 +135,19 @@ def line(content: str) -> Break:
     return lambda: put("params.yaml", f"{Path('params.yaml').read_text()}{content}\n")
 
 
-def first(key: str, new: Any) -> Break:
-    """Of the first annotation, of an image that is chosen."""
-    return value(TRAIN_JSON, f"annotations.0.{key}", new)
+def first(key: str, new: Any, number: int = 0) -> Break:
+    """Of the first annotation, of an image that is chosen, or another one."""
+    return value(TRAIN_JSON, f"annotations.{number}.{key}", new)
+
+
+def other_person() -> None:
+    """A data set whose persons are category 7, of a detector of keypoints alone."""
+    data = json.loads(Path(PERSONS_JSON).read_text())
+    for item in data["annotations"]:
+        item["category_id"] = 7
+    data["categories"][0]["id"] = 7
+    put(PERSONS_JSON, json.dumps(data))
+    params("models.small.tasks", ["detection", "keypoints"])()
 
 
 def image(key: str, new: Any) -> Break:

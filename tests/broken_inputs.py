@@ -119,6 +119,8 @@ IN_ANNOTATIONS = [
     (value(PERSONS_JSON, "annotations.0.keypoints", [1, 2, 2, 1, 2, 3]), "keypoints is ... v in 0, 1, 2"),
     (value(PERSONS_JSON, "annotations.0.num_keypoints", -1), "num_keypoints is -1"),
     (value(PERSONS_JSON, "categories.0.oks_sigmas", [0, 1]), "oks_sigmas is [0, 1]"),
+    (value(PERSONS_JSON, "categories.0.keypoints", [1, 2]), "keypoints is [1, 2]: ... a list of keypoint names"),
+    (value(PERSONS_JSON, "categories.0.keypoints", [["head"], "foot"]), "keypoints is [['head'], 'foot']"),
     (image("width", 10**9), "images, id 1: width is 1000000000: ... at most 16384"),
     (image("height", "23"), "images, id 1: height is '23'"),
     (image("id", 2), "images, id 2: id is 2: another item has it too"),

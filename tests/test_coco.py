@@ -166,6 +166,7 @@ BAD = [  # kind, change, what the line must name
     ("person_keypoints", first("annotations", keypoints=[1, 2, 2, 1, 2, 3]), "v in 0, 1, 2"),
     ("person_keypoints", lambda data: data["annotations"][0].pop("num_keypoints"), "num_keypoints is missing"),
     ("person_keypoints", lambda data: data["categories"][0].pop("keypoints"), "keypoints is missing"),
+    ("person_keypoints", first("categories", keypoints=["head", 3]), r"keypoints is \['head', 3\]: .* keypoint names"),
     ("person_keypoints", lambda data: data["categories"][0].pop("oks_sigmas"), "oks_sigmas is missing"),
     ("person_keypoints", first("categories", oks_sigmas=[0.1]), r"oks_sigmas is \[0.1\]"),
     (
@@ -179,6 +180,27 @@ BAD = [  # kind, change, what the line must name
         "0 of the 2 images of the split train are annotated, 1 needed",
     ),
 ]
+
+
+def test_without_the_task_segmentation_no_polygon_is_needed(coco_root: Path, tmp_path: Path) -> None:
+    """What `prepare` accepts, the stages that read the ground truth do."""
+    for folder in ("train2017", "val2017"):
+        edit(coco_root, "instances", folder, lambda data: [item.pop("segmentation") for item in data["annotations"]])
+    path = written(make_splits(coco_root, COUNTS, {"detection"}), tmp_path)
+    assert ground_truth(load_split(path, "test"), "detection").anns
+    with pytest.raises(InputError, match="segmentation is missing"):
+        ground_truth(load_split(path, "test"), "segmentation")
+
+
+@pytest.mark.parametrize("name", ["../train2017/0001.png", "/etc/hostname", "link.png"])
+def test_an_image_that_splits_json_seeks_elsewhere_is_refused(coco_root: Path, tmp_path: Path, name: str) -> None:
+    splits = make_splits(coco_root, COUNTS, TASKS)
+    (coco_root / "val2017/link.png").symlink_to(coco_root / "train2017/0001.png")
+    splits["test"]["file_names"][0] = name
+    split = load_split(written(splits, tmp_path), "test")
+    with pytest.raises(InputError, match=f"{name}: image 5 of splits.json does not lie in .*val2017; run prepare"):
+        image_path(split, 5)
+    assert image_path(split, 6) == coco_root / "val2017/0006.png"
 
 
 def one_line(error: pytest.ExceptionInfo[InputError], *names: str) -> None:

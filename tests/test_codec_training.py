@@ -19,6 +19,7 @@ from stages.lib.coding import build_codec
 from stages.lib.features import Features
 from stages.lib.params import SCALES
 from stages.lib.planes import pack
+from stages.lib.schema import InputError
 
 path = trainable.path  # a fixture
 
@@ -165,6 +166,30 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(train_split, t
     assert len(drawn) == 1 + 6  # no step was taken twice
     weights = fresh.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in undisturbed.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_is_in_no_checkpoint(train_split, tmp_path, monkeypatch):
+    schedule, checkpoint, draw, drawn = Schedule(2, 4, 1, 64, 1e-3), tmp_path / "training.pt", random_crops, []
+    monkeypatch.setattr(codec_training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+
+    def crops_until_step_3(*args):
+        drawn.append(args)
+        for x, mask in draw(*args):
+            yield (x * math.nan if len(drawn) == 3 else x), mask
+
+    monkeypatch.setattr(codec_training, "random_crops", crops_until_step_3)
+    with pytest.raises(InputError, match=r"^train codec: the loss .* not finite in step 3; lower codecs\.\*\.lr"):
+        codec_training.train(tiny(), train_split, PLAIN, schedule, 5, checkpoint)
+    kept = torch.load(checkpoint, weights_only=True)
+    assert kept["done"] == 2 and all(value.isfinite().all() for value in kept["state"].values())
+
+
+def test_a_checkpoint_that_is_damaged_is_named_with_what_to_do(train_split, tmp_path):
+    checkpoint = tmp_path / "training.pt"
+    for damaged in (b"", b"no weights"):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(InputError, match=f"^{checkpoint}: .*; remove {checkpoint}, and the training begins again$"):
+            codec_training.train(tiny(), train_split, PLAIN, Schedule(1, 1, 1, 64, 1e-3), 5, checkpoint)
 
 
 def test_no_step_and_no_process_repeats_the_crops_of_another(train_split):

@@ -261,6 +261,25 @@ def test_a_flipped_byte_of_a_record_is_found(coded, tmp_path):
     assert refused > 20
 
 
+def test_an_image_is_read_without_its_neighbours(coded, feature_codec, tmp_path, monkeypatch):
+    """What is damaged at the end of the records is seen by who reads the last image, and by nobody else."""
+    monkeypatch.setattr(coding, "CHUNK_BYTES", 16)
+    fit = coded.splits[0]
+    write_coded(tmp_path, "q", [fit], feature_codec, LMBDA)
+    file = tmp_path / "q/fit-00000.h5"
+    with h5py.File(file) as stored:
+        data = stored["data"].id
+        at = data.get_chunk_info(data.get_num_chunks() - 1).byte_offset
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1
+    file.write_bytes(raw)
+    damaged, whole = CodedSplit(tmp_path / "q", fit), CodedSplit(coded.path, fit)
+    *others, last = fit.image_ids
+    assert [damaged.records(i) for i in others] == [whole.records(i) for i in others]
+    with pytest.raises(InputError, match="fit-00000.h5.*run `compress` again"):
+        damaged.records(last)
+
+
 @pytest.mark.parametrize("padded", [(32, 32), (64, 96), (96, 32), (160, 224)])
 def test_pyramid_shapes_are_those_of_the_network(padded):
     backbone = build(MODEL, 3, 2).eval().backbone

@@ -1,16 +1,21 @@
 """Training data, and training, of detectors."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from artifacts import assert_same
 from pycocotools.coco import COCO
 from pytest import approx
 from test_models import CLASSES, KEYPOINTS, PARAMS
 
+from stages import train_model
 from stages.lib import detector_training, shapes
+from stages.lib.coco import Split
 from stages.lib.detector_training import DetectionDataset, mirrored_order
 from stages.lib.models import build
+from stages.lib.schema import InputError
 
 TRAIN_IMAGES = 6
 
@@ -26,10 +31,14 @@ def ground_truth(root: Path, kind: str) -> COCO:
     return COCO(root / "annotations" / f"{kind}_train2017.json")
 
 
+def files_of(root: Path, instances: COCO) -> dict[int, Path]:
+    return {image_id: root / "train2017" / image["file_name"] for image_id, image in instances.imgs.items()}
+
+
 @pytest.fixture
 def data(root) -> DetectionDataset:
     instances, persons = ground_truth(root, "instances"), ground_truth(root, "person_keypoints")
-    return DetectionDataset(instances, persons, instances.getImgIds(), root / "train2017", masks=True)
+    return DetectionDataset(instances, persons, files_of(root, instances), masks=True)
 
 
 def unflipped(data: DetectionDataset, index: int, monkeypatch, number: float = 0.9):
@@ -105,7 +114,7 @@ def test_crowds_and_slivers_are_left_out(root):
 
     instances = edited(root, edit)
     dropped = [a["id"] for a in instances.dataset["annotations"][:2]]
-    data = DetectionDataset(instances, None, instances.getImgIds(), root / "train2017", masks=False)
+    data = DetectionDataset(instances, None, files_of(root, instances), masks=False)
     kept = [a["id"] for image_id in data.image_ids for a in data._annotations(image_id)]
     crowds = sum(a["iscrowd"] for a in instances.dataset["annotations"])
     assert not set(dropped) & set(kept)
@@ -119,13 +128,13 @@ def test_images_without_annotations_are_skipped(root):
     instances = edited(
         root, lambda entries: entries.__setitem__(slice(None), [a for a in entries if a["image_id"] != empty])
     )
-    data = DetectionDataset(instances, None, instances.getImgIds(), root / "train2017", masks=False)
+    data = DetectionDataset(instances, None, files_of(root, instances), masks=False)
     assert empty not in data.image_ids and len(data) == TRAIN_IMAGES - 1
 
 
 def test_a_keypoint_model_is_trained_on_persons_only(root):
     instances, persons = ground_truth(root, "instances"), ground_truth(root, "person_keypoints")
-    data = DetectionDataset(instances, persons, instances.getImgIds(), root / "train2017", masks=False)
+    data = DetectionDataset(instances, persons, files_of(root, instances), masks=False)
     assert {label for i in range(len(data)) for label in data[i][1]["labels"].tolist()} == {1}
 
 
@@ -146,3 +155,87 @@ def test_training_reduces_the_loss(data, monkeypatch):
     assert [line["step"] for line in log] == [5]
     assert log[0].keys() >= {"loss_classifier", "loss_box_reg", "loss_mask", "loss_keypoint", "loss_objectness"}
     assert loss() < 0.95 * before
+
+
+def untrained() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build(PARAMS | {"image_size": {"min": 64, "max": 64}}, CLASSES, KEYPOINTS)
+
+
+def trained(model: torch.nn.Module, data: DetectionDataset, checkpoint: Path | None = None) -> list[dict]:
+    return detector_training.train(model, data, steps=5, batch=2, lr=1e-3, seed=0, checkpoint=checkpoint)
+
+
+def killed_in(step: int, monkeypatch) -> list[int]:
+    """The next training is; what it and later ones do is counted in the list that comes back."""
+    average, taken = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_until_killed(*args):
+        taken.append(len(taken) + 1)
+        if len(taken) == step:
+            raise KeyboardInterrupt
+        return average(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_until_killed)
+    return taken
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_killed_training_goes_on_and_ends_with_the_same_weights(data, tmp_path, monkeypatch, step):
+    """Flips, order of the images and samples of boxes, all drawn at random, are those of an undisturbed training."""
+    monkeypatch.setattr(detector_training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    undisturbed, fresh, checkpoint = untrained(), untrained(), tmp_path / "training.pt"
+    log = trained(undisturbed, data)
+    taken = killed_in(step, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        trained(untrained(), data, checkpoint)
+    assert trained(fresh, data, checkpoint) == log
+    assert len(taken) == 1 + 5  # no step was taken twice
+    assert_same(undisturbed.state_dict(), fresh.state_dict())
+
+
+def test_a_killed_stage_finds_its_training_again(root, tmp_path, monkeypatch):
+    described = PARAMS | {"tasks": ["detection"], "weights": None, "steps": 3, "batch": 1, "lr": 1e-3}
+    names = {int(path.stem): path.name for path in (root / "train2017").iterdir()}
+    split = Split(root / "train2017", root / "annotations/instances_train2017.json", None, [*names], names)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_model, "load_params", lambda: {"seed": 0, "models": {"m": described}})
+    monkeypatch.setattr(train_model, "load_split", lambda *_: split)
+    monkeypatch.setattr(detector_training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    Path("splits.json").write_text("{}")
+
+    def stage(out: str) -> dict[str, torch.Tensor]:
+        train_model.main(Path("splits.json"), "m", Path(out))
+        return torch.load(out, weights_only=True)["state"]
+
+    wanted = stage("undisturbed.pt")
+    taken = killed_in(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        stage("m.pt")
+    assert not Path("m.pt").exists()
+    assert_same(stage("m.pt"), wanted)
+    assert len(taken) == 1 + 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt", "splits.json", "undisturbed.pt"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_is_in_no_checkpoint(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(detector_training, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    model, checkpoint = untrained(), tmp_path / "training.pt"
+    with torch.no_grad():
+        model.rpn.head.cls_logits.bias.fill_(math.nan)
+    with pytest.raises(InputError, match=r"^train detector: the loss .* not finite in step 1; lower models\.\*\.lr"):
+        trained(model, data, checkpoint)
+    assert not checkpoint.exists()
+
+
+def test_a_head_without_targets_is_left_out_and_stays_as_it_is(root):
+    instances = ground_truth(root, "instances")
+    data = DetectionDataset(instances, None, files_of(root, instances), masks=False)
+    model = untrained()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (losses,) = trained(model, data)
+    assert not {"loss_mask", "loss_keypoint"} & set(losses)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert any("box_head" in name for name in changed)
+    assert not [name for name in changed if "mask" in name or "keypoint" in name]
+    assert model.roi_heads.has_mask() and model.roi_heads.has_keypoint()

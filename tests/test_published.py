@@ -1,11 +1,11 @@
 """Weights that torchvision publishes make the detectors that torchvision makes of them."""
 
 import hashlib
+import os
 import re
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from stages.lib.coco import Split
 from stages.lib.models import (
     NORM_EPSILON,
     build,
+    downloaded,
     load_model,
     load_weights,
     norms,
@@ -70,8 +71,9 @@ def test_a_published_file_and_its_name_in_torchvision_give_the_same_model(publis
     digest = hashlib.sha256(Path("weights.pth").read_bytes()).hexdigest()
     file = f"maskrcnn_resnet50_fpn_coco-{digest[:8]}.pth"
     Path("weights.pth").rename(file)
-    known = SimpleNamespace(get_state_dict=lambda **_: torch.load(file, weights_only=True), url=f"https://host/{file}")
+    known = SimpleNamespace(url=Path(file).absolute().as_uri())
     monkeypatch.setattr(train_model, "get_model_weights", lambda _: {"COCO_V1": known})
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     model = PARAMS | {"tasks": ["detection"], "steps": 0}
     split = Split(root / "train2017", root / "annotations/instances_train2017.json", None, [1], {1: "000001.png"})
     monkeypatch.setattr(train_model, "load_split", lambda *_: split)
@@ -86,15 +88,58 @@ def test_a_published_file_and_its_name_in_torchvision_give_the_same_model(publis
     assert {norm.eps for norm in norms(load_model(Path("COCO_V1.pt"), model))} == {0}
     assert first["state"]["backbone.body.conv1.weight"].equal(state["backbone.body.conv1.weight"])  # not rounded
 
-    def unreachable(**_):
-        raise URLError("no network")
-
-    known.get_state_dict = unreachable
+    known.url = f"file:///nowhere/{file.replace('mask', 'other')}"
     monkeypatch.setattr(
         train_model, "load_params", lambda: {"seed": 0, "models": {"m": model | {"weights": "COCO_V1"}}}
     )
-    with pytest.raises(InputError, match=f"models.m.weights is 'COCO_V1': .*no network.*download .*{file}"):
+    with pytest.raises(InputError, match=f"models.m.weights is 'COCO_V1': .*No such file.*download {known.url}"):
         train_model.main(Path("splits.json"), "m", Path("new.pt"))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def named_by_its_hash(path: Path) -> Path:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return path.rename(path.with_name(f"m-{digest[:8]}.pth"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_file_in_torchs_cache_is_verified_and_never_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    torch.save({"layer": torch.ones(1000)}, "m.pth")
+    file = named_by_its_hash(tmp_path / "m.pth")
+    cached = downloaded(file.as_uri())
+    assert cached.is_relative_to(tmp_path / "cache") and published_state(cached)["layer"].equal(torch.ones(1000))
+    flip(cached)
+    assert downloaded(file.as_uri()) == cached  # not fetched again
+    with pytest.raises(InputError, match=f"{cached}: its SHA-256 begins with .*; remove it, and download it again"):
+        published_state(cached)
+    for name, protocol in (("zip", {}), ("pickle", {"_use_new_zipfile_serialization": False})):
+        evil = tmp_path / "cache/hub/checkpoints" / f"{name}.pth"
+        torch.save({"layer": torch.ones(3), "evil": Evil()}, evil, **protocol)
+        evil = named_by_its_hash(evil)  # as who could write it would name it
+        with pytest.raises(InputError, match=f"{evil}: holds no state dict of tensors"):
+            published_state(downloaded(f"https://download.pytorch.org/models/{evil.name}"))
+    assert not Path("executed").exists()
+
+
+def test_what_is_not_fetched_whole_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    torch.save({"layer": torch.ones(1000)}, tmp_path / "m.pth")
+    file = named_by_its_hash(tmp_path / "m.pth")
+    flip(file)
+    with pytest.raises(RuntimeError, match="invalid hash"):
+        downloaded(file.as_uri())
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_the_name_of_a_published_file_tells_its_hash(published, tmp_path):

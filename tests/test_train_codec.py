@@ -19,6 +19,7 @@ from stages.lib.coding import FeatureCodec, decode_scale, encode_scale, load_cod
 from stages.lib.features import Features
 from stages.lib.files import read_csv
 from stages.lib.planes import pack
+from stages.lib.ranks import join
 from stages.lib.schema import InputError
 
 path = trainable.path  # a fixture
@@ -136,6 +137,15 @@ def test_two_processes_train_one_codec(path, tmp_path):
     assert not torch.equal(first["log_gain"], alone["log_gain"])
     written = [sorted(p.name for p in folder.rglob("*") if p.is_file()) for folder in folders]
     assert written == [["codec.pt", "loss.csv", "trained.pt"], ["trained.pt"], ["codec.pt", "loss.csv", "trained.pt"]]
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="^torchrun began process 3 on 2 GPUs; lower --nproc-per-node to 2$"):
+        join()
 
 
 def train_in(folder: Path, features: Path, params: dict, environment: dict[str, str]) -> None:

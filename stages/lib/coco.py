@@ -39,7 +39,10 @@ SIDE = whole(1, most=MAX_SIDE)
 IMAGE = {"id": ID, "file_name": TEXT, "width": SIDE, "height": SIDE}
 CATEGORY = {"id": whole(1, most=9999), "name": TEXT}  # ids are the model's labels, and label 0 is its background
 KEYPOINT_CATEGORY = CATEGORY | {
-    "keypoints": Check(lambda value: isinstance(value, list) and len(value) > 0, "a list of keypoint names"),
+    "keypoints": Check(
+        lambda value: isinstance(value, list) and len(value) > 0 and all(map(TEXT.accepts, value)),
+        "a list of keypoint names",
+    ),
 }
 REFERENCES = {"id": ID_NOT_0, "image_id": ID, "category_id": ID_NOT_0}
 ANNOTATION = {
@@ -94,7 +97,11 @@ def load_split(splits_json: Path, split: str) -> Split:
 
 
 def image_path(split: Split, image_id: int) -> Path:
-    return split.images / split.file_names[image_id]
+    """Raises InputError where the file lies elsewhere than `prepare` found it: splits.json may have been changed."""
+    path = split.images / split.file_names[image_id]
+    if not _lies_in(split.images, split.file_names[image_id]):
+        raise InputError(f"{path}: image {image_id} of splits.json does not lie in {split.images}; run prepare again")
+    return path
 
 
 def ground_truth(split: Split, task: str) -> COCO:
@@ -112,10 +119,10 @@ def ground_truth(split: Split, task: str) -> COCO:
     annotations = [item for item in data["annotations"] if item["image_id"] in chosen]
     if task == "keypoints":
         _check_fields(path, "annotations", annotations, KEYPOINT_ANNOTATION)
-        _check_keypoint_counts(path, annotations, len(data["categories"][0]["keypoints"]))
+        _check_keypoint_counts(path, annotations, _keypoint_count(path, data["categories"]))
     else:
         _check_fields(path, "annotations", annotations, ANNOTATION)
-        for item in annotations:
+        for item in annotations if task == "segmentation" else ():
             _check_segmentation(path, item, images[item["image_id"]])
     coco = COCO()
     coco.dataset = {
@@ -232,10 +239,7 @@ def _check_keypoints(root: Path, folder: str, images: list[Item], chosen: dict[s
     for image in data["images"]:
         if names.get(image["id"]) != image["file_name"]:
             raise _bad(path, "images", image, "file_name", "the instances file has no such image under this id")
-    counts = {len(category["keypoints"]) for category in data["categories"]}
-    if len(counts) != 1:
-        raise InputError(f"{path}: categories have {sorted(counts)} keypoints; all must have the same number")
-    (count,) = counts
+    count = _keypoint_count(path, data["categories"])
     sigmas = Check(
         lambda value: _is_numbers(value) and len(value) == count and min(value) > 0,
         f"a list of {count} numbers above 0 (only COCO's {COCO_KEYPOINTS} keypoints have known sigmas)",
@@ -250,6 +254,14 @@ def _check_keypoints(root: Path, folder: str, images: list[Item], chosen: dict[s
     _check_not_empty(
         path, chosen, (item["image_id"] for item in annotations if item["num_keypoints"] and not item["iscrowd"])
     )
+
+
+def _keypoint_count(path: Path, categories: list[Item]) -> int:
+    counts = {len(category["keypoints"]) for category in categories}
+    if len(counts) != 1:
+        wanted = "at least one is needed, and all with the same number"
+        raise InputError(f"{path}: categories have {sorted(counts)} keypoints; {wanted}")
+    return counts.pop()
 
 
 def _check_keypoint_counts(path: Path, annotations: Iterable[Item], count: int) -> None:
@@ -296,14 +308,18 @@ def _check_not_empty(path: Path, chosen: dict[str, list[Item]], annotated: Itera
 
 
 def _check_file_names(folder: Path, path: Path, images: Iterable[Item]) -> None:
-    home = os.path.realpath(folder)
     for image in images:
         name = image["file_name"]
-        inside = ".." not in PurePath(name).parts and not PurePath(name).is_absolute()
-        if not inside or not Path(os.path.realpath(folder / name)).is_relative_to(home):  # its links may form a loop
+        if not _lies_in(folder, name):
             raise _bad(path, "images", image, "file_name", f"it must lie in {folder}")
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: no such image, but {path} lists it; add the file")
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    inside = ".." not in PurePath(name).parts and not PurePath(name).is_absolute()
+    place, home = os.path.realpath(folder / name), os.path.realpath(folder)  # its links may form a loop
+    return inside and Path(place).is_relative_to(home)
 
 
 def _decode_all(folder: Path, images: Collection[Item]) -> None:

@@ -16,20 +16,20 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from stages.lib.features import Features
-from stages.lib.files import atomic
 from stages.lib.learned import LATENT_STRIDE, STRIDE, LearnedCodec
-from stages.lib.models import DEVICE, emulates_bfloat16, load_weights, read_checkpoint
+from stages.lib.models import DEVICE, emulates_bfloat16
 from stages.lib.params import SCALES
 from stages.lib.planes import Packing, learn_packing, pack, principal
 from stages.lib.progress import progress
 from stages.lib.ranks import average, place
 from stages.lib.shards import cores
+from stages.lib.training import SECONDS_BETWEEN_CHECKPOINTS, check_finite, found_training, keep_training
 
 # A GPU would wait for the reading and rotating of its crops; on a CPU the networks need all cores themselves.
 FEEDERS = min(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16) if DEVICE.type == "cuda" else 0
 SAMPLES = 3  # crops in a step, in units of the batch of scale 0
 TRANSFORM_RATE = 0.1  # of the learning rate: it starts near its optimum, the entropy model at noise
-SECONDS_BETWEEN_CHECKPOINTS = 300  # what a killed training loses at most
+NOT_FINITE = "lower codecs.*.lr, or give other weights to begin with (codecs.*.init)"
 
 
 def fit_packing(features: Features, kind: str) -> Packing:
@@ -127,7 +127,7 @@ def train(
     and ends with the same weights as one that was not interrupted.
 
     Under torchrun every process takes other crops and lambdas in a step, and the gradients are averaged; the losses are
-    those of its own crops.
+    those of its own crops. Raises InputError where a loss is not finite.
     """
     rank, processes = place()
     crops = Crops(features, packing, schedule, (seed, rank))
@@ -151,11 +151,8 @@ def train(
     def group(learning: list[nn.Parameter], lr: float) -> dict[str, Any]:
         return {"params": learning, "lr": lr}
 
-    done, log, window, kept = 0, [], [], {}
-    if checkpoint and checkpoint.exists():
-        kept = read_checkpoint(checkpoint, "learners", "done", "log", "window")
-        load_weights(codec, kept["state"], str(checkpoint))
-        done, log, window = kept["done"], kept["log"], kept["window"]
+    kept = found_training(checkpoint, codec, "done", "log", "window")
+    done, log, window = kept.get("done", 0), kept.get("log", []), kept.get("window", [])
     unseen = range(done, len(crops))
     feed = iter(DataLoader(crops, None, sampler=unseen, num_workers=FEEDERS, generator=torch.Generator()))
     saved = time.monotonic()
@@ -194,7 +191,8 @@ def train(
             learning = [p for group in groups for p in group["params"]]
             if processes > 1:
                 average([p.grad for p in learning if p.grad is not None])
-            nn.utils.clip_grad_norm_(learning, 1.0)
+            norm = nn.utils.clip_grad_norm_(learning, 1.0)
+            check_finite("train codec", done + 1, [*total, norm.item()], NOT_FINITE)
             optimizer.step()
             rates.step()
             aux_optimizer.zero_grad(set_to_none=True)
@@ -209,9 +207,7 @@ def train(
                     print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
                 window = []
             if checkpoint and rank == 0 and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                state = {"learners": [learner.state_dict() for learner in learners], "log": log, "window": window}
-                with atomic(checkpoint) as scratch:
-                    torch.save(state | {"state": codec.state_dict(), "done": done}, scratch)
+                keep_training(checkpoint, codec, learners, done=done, log=log, window=window)
                 saved = time.monotonic()
     codec.eval()
     return log

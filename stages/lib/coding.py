@@ -31,6 +31,7 @@ from stages.lib.schema import InputError
 from stages.lib.tcm import LicTcm
 
 RANGE_BYTES = 4  # of a record
+CHUNK_BYTES = 2**12  # of a shard's records: an image is read without its neighbours, but for so many bytes
 LEDGER = (
     "pixels",
     "bytes_latent",
@@ -209,7 +210,7 @@ def compress_shard(
     with create_h5(path) as file:
         write_array(file, "image_ids", np.array(image_ids, dtype=np.int64))
         write_array(file, "offsets", np.cumsum([0, *map(len, chunks)], dtype=np.int64))
-        write_array(file, "data", np.frombuffer(b"".join(chunks), dtype=np.uint8))
+        write_array(file, "data", np.frombuffer(b"".join(chunks), dtype=np.uint8), CHUNK_BYTES)
         for column in ledger:
             write_array(file, f"ledger/{column}", ledger[column].to_numpy())
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.models.detection import FasterRCNN
 from tqdm import tqdm
 
 from stages.lib.models import DEVICE, emulates_bfloat16, read_image
 from stages.lib.ranks import average, place
+from stages.lib.schema import InputError
+from stages.lib.training import SECONDS_BETWEEN_CHECKPOINTS, check_finite, found_training, keep_training
+
+NOT_FINITE = "lower models.*.lr, or give other weights to begin with (models.*.weights)"
 
 
 def mirrored_order(names: list[str]) -> list[int]:
@@ -29,13 +38,14 @@ class DetectionDataset(Dataset):
     keypoints [n, K, 3] if `num_keypoints` (all zero, so without loss, for objects that have none). Crowds are left out.
     """
 
-    def __init__(self, instances: COCO, keypoints: COCO | None, image_ids: list[int], folder: Path, masks: bool):
-        self.instances, self.folder, self.masks = instances, folder, masks
+    def __init__(self, instances: COCO, keypoints: COCO | None, files: dict[int, Path], masks: bool):
+        """files: image id -> its picture, of the images to learn from."""
+        self.instances, self.files, self.masks = instances, files, masks
         # COCO gives a person the same annotation id in both files.
         self.keypoints = {a["id"]: a["keypoints"] for a in keypoints.dataset["annotations"]} if keypoints else {}
         names = next(c["keypoints"] for c in keypoints.dataset["categories"] if "keypoints" in c) if keypoints else []
         self.num_keypoints, self.mirror = len(names), mirrored_order(names)
-        self.image_ids = [i for i in image_ids if self._annotations(i)]
+        self.image_ids = [i for i in files if self._annotations(i)]
 
     def _annotations(self, image_id: int) -> list[dict]:
         return [
@@ -51,7 +61,7 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         image_id = self.image_ids[index]
-        image = read_image(self.folder / self.instances.imgs[image_id]["file_name"])
+        image = read_image(self.files[image_id])
         annotations = self._annotations(image_id)
         x, y, w, h = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).unbind(1)
         target = {
@@ -79,29 +89,59 @@ class DetectionDataset(Dataset):
         return image.flip(-1), target
 
 
-def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: float, seed: int) -> list[dict]:
+def train(
+    model: FasterRCNN,
+    data: DetectionDataset,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    checkpoint: Path | None = None,
+) -> list[dict]:
     """Train `model` in place with AdamW and a one-cycle schedule; returns the losses, averaged over every 100 steps.
 
-    Under torchrun every process takes `batch` other images per step, and the gradients are averaged.
+    Heads for which `data` has no targets stay as they are.
+
+    checkpoint: a file that keeps the state of the training now and then; where it exists the training goes on from it,
+    and ends with the same weights as one that was not interrupted.
+
+    Under torchrun every process takes `batch` other images per step, and the gradients are averaged. Raises InputError
+    where a loss is not finite.
     """
     rank, processes = place()
     torch.manual_seed(seed + rank)
     model.train().to(DEVICE)
+    heads = model.roi_heads
+    pools = heads.mask_roi_pool, heads.keypoint_roi_pool
+    if not data.masks:
+        heads.mask_roi_pool = None  # torchvision leaves out a head without it
+    if not data.num_keypoints:
+        heads.keypoint_roi_pool = None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
     order = torch.utils.data.RandomSampler(
         data, replacement=False, num_samples=steps * batch, generator=torch.Generator().manual_seed(seed + rank)
     )
+    learners: tuple[Any, ...] = optimizer, schedule
+    kept = found_training(checkpoint, model, "done", "log", "window", "random")
+    done, log, window = kept.get("done", 0), kept.get("log", []), kept.get("window", [])
+    if kept:
+        for learner, state in zip(learners, kept["learners"], strict=True):
+            learner.load_state_dict(state)
+        if rank == 0:  # whose state it is
+            torch.set_rng_state(kept["random"])
     loader = DataLoader(
         data,
         batch,
-        sampler=order,
+        sampler=list(order)[done * batch :],
         num_workers=1,
         collate_fn=_columns,
         generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=partial(_draw_flips, done * batch),
     )
-    log, window = [], []
-    for step, (images, targets) in enumerate(tqdm(loader, desc="train detector", disable=rank > 0 or None), start=1):
+    saved = time.monotonic()
+    shown = tqdm(_batches(loader), "train detector", steps, initial=done, disable=rank > 0 or None)
+    for step, (images, targets) in enumerate(shown, start=done + 1):
         images = [image.to(DEVICE) for image in images]
         targets = [{k: v.to(DEVICE) for k, v in target.items()} for target in targets]
         with torch.autocast(DEVICE.type, torch.bfloat16, not emulates_bfloat16()):  # 1.5 times as fast, on CPUs too
@@ -111,19 +151,38 @@ def train(model: nn.Module, data: DetectionDataset, steps: int, batch: int, lr: 
         loss.backward()
         if processes > 1:
             average([p.grad for p in model.parameters() if p.grad is not None])
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        window.append({k: v.item() for k, v in losses.items()})
+        check_finite("train detector", step, [*window[-1].values(), norm.item()], NOT_FINITE)
         optimizer.step()
         schedule.step()
-        window.append({k: v.item() for k, v in losses.items()})
         if step % 100 == 0 or step == steps:
             log.append({"step": step} | {k: sum(w[k] for w in window) / len(window) for k in window[0]})
             if rank == 0:
                 print(" ".join(f"{k} {v:.4g}" for k, v in log[-1].items()), flush=True)
             window = []
+        if checkpoint and rank == 0 and time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            drawn = torch.get_rng_state()
+            keep_training(checkpoint, model, learners, done=step, log=log, window=window, random=drawn)
+            saved = time.monotonic()
     if processes > 1:
         average([b for b in model.buffers() if b.is_floating_point()])  # statistics of the batch norms
+    heads.mask_roi_pool, heads.keypoint_roi_pool = pools
     model.eval()
     return log
+
+
+def _batches(loader: DataLoader) -> Iterator[tuple]:
+    """What the process that reads the items finds wrong with one is told without its traceback."""
+    try:
+        yield from loader
+    except InputError as error:
+        raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
+
+
+def _draw_flips(count: int, worker: int) -> None:
+    """What the process that reads the items draws for so many of them."""
+    torch.rand(count)
 
 
 def _columns(items: list[tuple]) -> tuple[tuple, ...]:

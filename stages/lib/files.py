@@ -153,14 +153,16 @@ def create_h5(path: Path) -> h5py.File:
     return h5py.File(path, "w", libver="latest")
 
 
-def write_array(group: h5py.Group, name: str, values: np.ndarray, **filters: Any) -> None:
-    """One chunk with a checksum: a flipped bit is an error when it is read.
+def write_array(group: h5py.Group, name: str, values: np.ndarray, rows: int | None = None, **filters: Any) -> None:
+    """Chunks with a checksum each: a flipped bit is an error when it is read, and who reads takes whole chunks.
 
-    Fails before the disk is full: HDF5 cannot close a file that it cannot write, and may end the process.
+    rows: of a chunk; one holds all if None. Fails before the disk is full: HDF5 cannot close a file that it cannot
+    write, and may end the process.
     """
     disk_check(Path(group.file.filename), values.nbytes + RESERVE)
     if values.size:
-        group.create_dataset(name, data=values, chunks=values.shape, fletcher32=True, **filters)
+        chunks = values.shape if rows is None else (min(rows, len(values)), *values.shape[1:])
+        group.create_dataset(name, data=values, chunks=chunks, fletcher32=True, **filters)
     else:
         group.create_dataset(name, data=values)
 

@@ -26,6 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from stages.lib.files import atomic, picture
 from stages.lib.schema import InputError, is_out_of_memory
 
+PUBLISHED = re.compile(r"-([0-9a-f]{8})\.pth")  # a file's name, as torchvision gives it: how its SHA-256 begins
 NORM_EPSILON = "norm_epsilon"  # key of a detector's file
 UNBUILT = "describes no network of this project"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -157,6 +158,19 @@ def read_checkpoint(path: Path, *needed: str) -> dict:
     return checkpoint
 
 
+def downloaded(url: str) -> Path:
+    """A published file in torch's cache, fetched if it is not there; `published_state` verifies what is there.
+
+    Raises OSError or RuntimeError where it cannot be fetched whole.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        told = PUBLISHED.search(path.name)
+        torch.hub.download_url_to_file(url, str(path), told and told[1])
+    return path
+
+
 def published_state(path: Path) -> dict[str, Tensor]:
     """A file with a state dict, alone or under "state_dict", as other projects publish weights; no code is run.
 
@@ -164,11 +178,12 @@ def published_state(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise InputError(f"{path}: weights are missing; give an existing file")
-    if told := re.search(r"-([0-9a-f]{8})\.pth", path.name):
+    if told := PUBLISHED.search(path.name):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not digest.startswith(told[1]):
-            raise InputError(f"{path}: its SHA-256 begins with {digest[:8]}, not as its name says; download it again")
+            remedy = "remove it, and download it again"
+            raise InputError(f"{path}: its SHA-256 begins with {digest[:8]}, not as its name says; {remedy}")
     with naming(path, "holds no state dict of tensors"):
         loaded = _load(path)
         state = _floats(loaded.get("state_dict", loaded), path)

@@ -7,12 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stages.lib.schema import InputError
+
 
 def join() -> None:
-    """Meet the other processes; without torchrun there are none."""
+    """Meet the other processes; without torchrun there are none. Raises InputError where a GPU for each is lacking."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # or all would share the first
+            rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if rank >= gpus:
+                raise InputError(f"torchrun began process {rank + 1} on {gpus} GPUs; lower --nproc-per-node to {gpus}")
+            torch.cuda.set_device(rank)  # or all would share the first
         dist.init_process_group()
 
 
