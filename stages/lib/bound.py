@@ -8,9 +8,9 @@ against its uncoded pyramid with all scales at their phi at once. `oracle` takes
     random tuples -> joint and additive loss      the assumption itself
 
 All of it needs the labels of the evaluated images: bounds, not methods. And a bound chooses on the very coding errors
-that it is scored with, which no predictor knows that does not decode. Therefore the feature maps are coded a second time, mirrored: the images,
-objects and qualities are the same, the errors others. Every choice is scored on these too, and `oracle_mirrored` is the
-additive choice on them, scored on the files.
+that it is scored with, which no predictor knows that does not decode. Therefore the feature maps are coded a second
+time, mirrored: the images, objects and qualities are the same, the errors others. Every choice is scored on these too,
+and `oracle_mirrored` is the additive choice on them, scored on the files.
 """
 
 from __future__ import annotations
