@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from stages.lib.bd_rate import INTERVAL_PERCENTILES, Curve, bd_rate, bd_rates_of_resamples, interval_of
+from stages.lib.bd_rate import Curve, bd_rate, bd_rates_of_resamples, interval_of
 from stages.lib.params import SCALES
 from stages.lib.schema import InputError
 
@@ -29,9 +29,8 @@ BD_RATE = [
     "n_points",
     "flags",
 ]
-FIXED = {"mfiba": "static", "mfiba_skip": "static_skip"}  # hero -> the best fixed vector of the same qualities
-HEROES = tuple(FIXED)  # they are compared with every other method
-HEADLINE = (*HEROES, *FIXED.values())  # and with these above all
+HEROES = ("mfiba", "mfiba_skip")  # they are compared with every other method
+HEADLINE = (*HEROES, "static", "static_skip")  # and with these above all
 # Anchor: the hero that is compared with it directly.
 DIRECT = {"static_skip": "mfiba_skip", "static": "mfiba", "oracle_skip": "mfiba_skip", "oracle": "mfiba"}
 HIGH = 0.9  # of the uncoded accuracy: what most users would not go below
@@ -43,13 +42,6 @@ def resampled(resamples: pd.DataFrame, method: str) -> tuple[np.ndarray, np.ndar
     rows = resamples[resamples["method"] == method]
     bits, accuracy = (rows.pivot(index="resample", columns="point", values=v) for v in ("bits_per_image", "accuracy"))
     return bits.to_numpy(float), accuracy.to_numpy(float)
-
-
-def band(resamples: pd.DataFrame, points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """bootstrap.csv of one cell, rows of points.csv of one method -> ends of the interval of each row's accuracy."""
-    drawn = resampled(resamples, points["method"].iloc[0])[1]
-    low, high = np.nanpercentile(drawn, INTERVAL_PERCENTILES, axis=0)
-    return low[points["point"]], high[points["point"]]
 
 
 class Compared(NamedTuple):

@@ -17,9 +17,10 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectang
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from stages.lib.bound_tables import tenths
-from stages.lib.comparing import ANCHOR, HEROES, LABEL_AWARE, UNCODED, band
+from stages.lib.comparing import ANCHOR, HEROES, LABEL_AWARE, UNCODED
 from stages.lib.files import atomic
 from stages.lib.params import SCALES
+from stages.lib.results import band
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"

@@ -21,12 +21,12 @@ import yaml
 from stages.lib.ablation import measured
 from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.bound_tables import describe, parts_of, tenths
-from stages.lib.comparing import ANCHOR, FIXED, HIGH, LABEL_AWARE, UNCODED, band
+from stages.lib.comparing import ANCHOR, HIGH, LABEL_AWARE, UNCODED
 from stages.lib.figures import BLACK, BLUE, GREEN, GREY, METHODS, ORANGE, OTHER_METHOD, PURPLE, SHADES, SKY, VERMILION
 from stages.lib.files import read_json
 from stages.lib.loss_rate import importance_labels
 from stages.lib.params import PACKAGES, SCALES
-from stages.lib.results import LEDGER, Cell, Results
+from stages.lib.results import FIXED, LEDGER, Cell, Results, band
 from stages.lib.tables import bd_cell
 
 SOURCES = Path(__file__).parent / "page"

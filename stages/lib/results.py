@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from stages.lib import comparing
 from stages.lib.allocation import Importance, read_importance
+from stages.lib.bd_rate import INTERVAL_PERCENTILES
 from stages.lib.files import read_csv, read_json, write_csv, write_json
 from stages.lib.loss_rate import Curves, read_curves, read_fit
 from stages.lib.params import SCALES
@@ -54,6 +56,10 @@ EXAMPLES = Having(  # of `illustrate`
         )
     }
 )
+
+
+# Hero -> the best fixed vector of the same qualities.
+FIXED = dict(zip(comparing.HEROES, comparing.HEADLINE[len(comparing.HEROES) :], strict=True))
 
 
 class Cell(NamedTuple):
@@ -117,6 +123,13 @@ def compare_cells(cells: Cells, curves: dict[tuple[str, str], pd.DataFrame]) -> 
         comparing.codec_bd_rates(points, {key: cell.resamples for key, cell in cells.items()}),
         comparing.feature_bd_rates(curves),
     )
+
+
+def band(resamples: pd.DataFrame, points: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """bootstrap.csv of one cell, rows of points.csv of one method -> ends of the interval of each row's accuracy."""
+    drawn = comparing.resampled(resamples, points["method"].iloc[0])[1]
+    low, high = np.nanpercentile(drawn, INTERVAL_PERCENTILES, axis=0)
+    return low[points["point"]], high[points["point"]]
 
 
 def write(results: Results, reports: Path) -> None:
