@@ -29,11 +29,11 @@ MIRRORED_NOTE = (
     "the one that chose on what it is scored with."
 )
 LEAD_NOTE = (
-    "A bound chooses on the very coding errors that the files have: part of its lead is luck, which no sender with "
-    "whatever predictor can have. Coded upside down the images, objects and qualities are the same, the errors others: "
-    "a lead that is left there is of the image. What goes is not all luck: one other draw of the errors is a noisy "
-    "guide to their mean, and where a codec errs more on turned maps, the mean losses of the scales differ too. So an "
-    "honest bound lies between the two columns."
+    "A bound chooses on the very coding errors that the files have, which no predictor knows that does not decode. "
+    "Coded upside down the images, objects and qualities are the same, the errors others: a lead that is left there is "
+    "of the image. Not all of what goes is of the errors: one other draw is a noisy guide to their mean, and where a "
+    "codec errs more on turned maps, the mean losses of the scales differ too. So what a predictor can gain that does "
+    "not decode lies between the two columns."
 )
 ADDITIVITY_NOTES = [
     "Random tuples of qualities on all images with ground truth; losses are in objects of an image, means over the "
