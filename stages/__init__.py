@@ -8,6 +8,9 @@ from pathlib import Path
 # slower); not to spin at all costs 20 % on a quiet machine. Must be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
+# Else torch's look for GPUs begins CUDA, which no fork survives.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 # compressai compiles two functions with torch.jit.script while it is imported; nothing a user of it could change.
 warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*", category=FutureWarning)
 

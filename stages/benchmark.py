@@ -6,7 +6,6 @@ in a profile's folder, when the machine does nothing else.
 """
 
 import argparse
-import os
 import platform
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else its look for GPUs makes them useless to forks
 
 import torch
 from torch import Tensor

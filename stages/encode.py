@@ -5,12 +5,13 @@ from pathlib import Path
 
 from stages.lib.command import Parser, run
 from stages.lib.files import atomic
-from stages.lib.online import TOLERANCE, Encoded, encode, load_cell
+from stages.lib.nearest import TOLERANCE
+from stages.lib.online import Encoded, encode, load_cell
 from stages.lib.params import SCALES, SKIPPED
 
 
 def main(
-    image: Path, out: Path, cell: str, phi: int | None, lambda_prime: float | None, bpp: float | None, verbose: bool
+    image: Path, out: Path, cell: str, phi: float | None, lambda_prime: float | None, bpp: float | None, verbose: bool
 ) -> None:
     encoded = encode(image, load_cell(cell), phi, lambda_prime, bpp)
     with atomic(out) as scratch:
@@ -39,7 +40,7 @@ if __name__ == "__main__":
     parser.add_argument("-o", "--out", type=Path, required=True, help="the file to write, .mfb")
     parser.add_argument("--cell", required=True, help="of params.yaml, e.g. detection-elic")
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--phi", type=int, help="one quality for all scales, 0, 1, ...: no precoding, no MFIP")
+    choice.add_argument("--phi", type=float, help="one quality for all scales, 0, 1.5, ...: no precoding, no MFIP")
     choice.add_argument("--lambda-prime", type=float, help="price of a bit in the allocation")
     choice.add_argument("--bpp", type=float, help="bits per pixel of the image; without: as many as the precoding has")
     parser.add_argument(

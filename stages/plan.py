@@ -4,14 +4,11 @@ python -m stages.plan [PROFILE]     the folder of a profile, else the working fo
 """
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
 import pandas as pd
 from tabulate import tabulate
-
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # else its look for GPUs makes them useless to forks
 
 from stages.lib import measuring  # noqa: F401  its imports are made before the samples are forked
 from stages.lib.command import run

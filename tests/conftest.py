@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import stages  # noqa: F401  what its environment must be is set before torch is imported
+
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 7, "name": "kite"}]
 PERSON = CATEGORIES[0] | {"keypoints": ["head", "foot"], "skeleton": [[1, 2]], "oks_sigmas": [0.05, 0.1]}
 

@@ -10,7 +10,7 @@ After one undisturbed run, every fault is made in a copy of its folder, and ever
     full        less space than a stage writes: one line, no half output
     flipped     one bit of a stored file, for stages that read it: one line that names it or its folder, or DVC sees it
 
-Stages run as forks of a process that has made their imports. Text and pictures have no checksum but DVC's hash.
+Stages run on the CPU, as forks of a process that has made their imports. Texts and pictures: DVC alone has a checksum.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for one
 
 import torch
 from dvc.repo import Repo
@@ -210,8 +212,7 @@ def killed(address: str) -> Found:
         if status == 0:  # it was faster this time
             continue
         trial.expect(status == -signal.SIGKILL, f"failed before its kill: {said[-500:]}")
-        kills += 1
-        resumed += bool(trial.shards())
+        kills, resumed = kills + 1, resumed + bool(trial.shards())
         trial.expect_nothing_half("after a kill")
         trial.finish("after a kill")
     row = {"stage": address, "kills": kills, "with finished shards": resumed}
@@ -233,10 +234,9 @@ def lost(address: str) -> Found:
         status, said = end(process, lane)
         if status == 0:  # there was no work left for a worker
             continue
-        losses += 1
+        losses, kept = losses + 1, kept + len(done)
         trial.expect_one_line(status, said, "a worker was killed", "run it again")
         trial.expect(all(path.exists() for path in done), "a finished shard is gone")
-        kept += len(done)
         trial.expect_nothing_half("after the loss of a worker")
         trial.finish("after the loss of a worker")
     return Found("lost", {"stage": address, "workers lost": losses, "shards kept": kept}, trial.violations)

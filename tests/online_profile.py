@@ -23,7 +23,11 @@ CHANNELS = 32  # of resnet10_fpn
 LAMBDAS = {"q1": 0.0005, "q2": 0.002, "q3": 0.008, "q4": 0.032}
 STEPS, PRICE = np.array([4.0, 1.0, 0.25]), 0.001  # see `write_fit`
 WITHOUT = (9.0, 9.0, 9.0, 9.0, 3.0)  # loss of a skipped scale
-NETWORK = {"N": 16, "M": 32, "groups": [8, 24], "context": {"widths": [8, 8], "kernel": 3}}
+NETWORKS = {
+    "elic": {"N": 16, "M": 32, "groups": [8, 24], "context": {"widths": [8, 8], "kernel": 3}},
+    "tcm": {"N": 16, "M": 32, "slices": 4, "head_dims": [8, 8, 8], "window": 4, "blocks": 1}
+    | {"hyper_channels": 8, "context_widths": [16, 8, 8]},
+}
 MADE = {
     "data/models/small.pt": "train_model@small",
     "data/predictions/small.pt": "fit_prediction@small",
@@ -39,9 +43,9 @@ def write_model(path: Path, seed: int) -> None:
     save_model(path, model, 4, 3, half=True)
 
 
-def write_codec(path: Path, seed: int) -> None:
+def write_codec(path: Path, seed: int, name: str = "elic") -> None:
     torch.manual_seed(seed)
-    config = yaml.safe_load(Path("params.yaml").read_text())["codecs"]["elic"] | {"codec": "elic"}
+    config = yaml.safe_load(Path("params.yaml").read_text())["codecs"][name] | {"codec": name}
     codec = build_codec(config)
     basis = {scale: torch.linalg.qr(torch.randn(CHANNELS, CHANNELS)).Q for scale in SCALES}
     packing = Packing("pca", basis, {scale: torch.zeros(CHANNELS) for scale in SCALES})
@@ -87,20 +91,23 @@ def profile(tmp_path_factory) -> Path:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["models"]["small"]["image_size"] = {"min": 32, "max": 48}
     params["lambdas"] = LAMBDAS
-    params["codecs"] = {"elic": params["codecs"]["elic"] | {"network": NETWORK, "gains": 3}}
+    for codec, network in NETWORKS.items():
+        params["codecs"][codec] |= {"network": network, "gains": 3}
     params["mfip"]["precode"] = "q2"
     params["tasks"] = {task: {"points": 2} for task in TASKS}
-    params["cells"] = {f"{task}-elic": {"task": task, "model": "small", "codec": "elic"} for task in TASKS}
+    cells = [*((task, "elic") for task in TASKS), ("detection", "tcm"), ("detection", "hevc")]
+    params["cells"] = {f"{task}-{codec}": {"task": task, "model": "small", "codec": codec} for task, codec in cells}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_model(Path("data/models/small.pt"), 0)
         write_predictor(Path("data/predictions/small.pt"))
-        write_codec(Path("data/codecs/small/elic.pt"), 0)
-        for task in TASKS:
-            write_fit(Path(f"data/loss_rate/small/elic/{task}.json"))
-            write_mfip(Path(f"data/mfip/small/elic/{task}.pt"))
+        for codec in params["codecs"]:
+            write_codec(Path(f"data/codecs/small/{codec}.pt"), 0, codec)
+        for task, codec in cells:
+            write_fit(Path(f"data/loss_rate/small/{codec}/{task}.json"))
+            write_mfip(Path(f"data/mfip/small/{codec}/{task}.pt"))
     pixels = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / IMAGE)
     return folder

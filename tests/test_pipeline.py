@@ -151,17 +151,19 @@ def test_a_plan_from_a_few_images_tells_the_disk_that_the_run_took(
 ) -> None:
     from stages.lib import measuring  # noqa: F401  its imports are made before the samples are forked
     from stages.lib.params import load_params
-    from stages.lib.planning import planned, run_sample, sampled
+    from stages.lib.planning import Sample, planned, run_sample, sampled
 
     monkeypatch.chdir(smoke)
     params = load_params()
-    samples = [sampled(params, few) for few in (4, 8)]  # of 16 images of fit, 10 of test
     wanted = [
         f"{stage}@small-elic{quality}" for stage, quality in (("compress", "-q1"), ("compress", "-q2"), ("measure", ""))
     ]
     with capsys.disabled():
-        runs = [run_sample(sample, Path("dvc.yaml"), wanted) for sample in samples]
-    found = planned(params, samples, runs, start=0).set_index("stage")
+        few, more = (  # of 16 images of fit, 10 of test
+            Sample(sample, run_sample(sample, Path("dvc.yaml"), wanted))
+            for sample in (sampled(params, 4), sampled(params, 8))
+        )
+    found = planned(params, few, more, Sample(few.params, []), start=0).set_index("stage")
     took = {
         "prepare": "data/dataset",
         "extract": "data/features/small",

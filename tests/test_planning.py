@@ -13,7 +13,7 @@ from pytest import approx
 
 from stages.lib import planning
 from stages.lib.params import load_params
-from stages.lib.planning import SHARDED, Run, _extrapolated, forked, items_of, planned, run_sample, sampled
+from stages.lib.planning import SHARDED, Run, Sample, _extrapolated, forked, items_of, planned, run_sample, sampled
 from stages.lib.schema import InputError
 from stages.plan import table
 
@@ -84,6 +84,9 @@ def test_a_stage_without_more_items_takes_what_it_took():
     assert _extrapolated([2, 2, 2], 7, 9) == (9, 0)
 
 
+NONE = Sample({}, [])
+
+
 def runs(images: int) -> list[Run]:
     """One stage whose work is shared, twice, and one whose is not; 10 s and 2 s an image, 1 and 3 MB an image."""
     shared = [
@@ -95,7 +98,7 @@ def runs(images: int) -> list[Run]:
 
 def test_hours_are_start_fixed_part_and_items_by_workers():
     params = params_of(ROOT)  # 160 images of fit, 120 of test
-    found = planned(params, [sampled(params, few) for few in (4, 8)], [runs(4), runs(8)], start=6)
+    found = planned(params, *(Sample(sampled(params, few), runs(few)) for few in (4, 8)), NONE, start=6)
     measure, fit = (found.set_index("stage").loc[name] for name in ("measure", "fit_loss_rate"))
     assert (measure["runs"], measure["items"], fit["items"]) == (2, 2 * 280, 160)
     assert measure["start_h"] * 3600 == approx(2 * (6 + 100))
@@ -107,6 +110,53 @@ def test_hours_are_start_fixed_part_and_items_by_workers():
     serial, shared = (float(cell) for cell in line.split()[-2:])
     assert serial == approx((2 * (106 + 2800) + 376) / 3600, abs=1e-3)
     assert shared == approx((2 * (106 + 700) + 376) / 3600, abs=1e-3)
+
+
+def trained(few: int, steps: int) -> Sample:
+    """0.5 s an image of train, 3 s a step of either kind, 20 s else."""
+    params = params_of(ROOT / "profiles/coco")
+    sample = sampled(params, few, steps, two_qualities=True)
+    seconds = 20 + 0.5 * few + 3 * 2 * steps
+    return Sample(sample, [Run("train_codec", "train_codec@maskrcnn-elic", seconds, 1.0, 512.0, 1000)])
+
+
+def test_steps_of_a_training_are_told_from_its_passes_over_the_images():
+    params = params_of(ROOT / "profiles/coco")
+    (found,) = planned(params, trained(4, 4), trained(8, 4), trained(4, 8), start=0).to_dict("records")
+    assert found["start_h"] * 3600 == approx(20 + 0.5 * 400 + 3 * 44_000) and found["of_items_h"] == 0
+
+
+def test_two_qualities_stand_for_all():
+    params = params_of(ROOT / "profiles/coco")
+    sample = sampled(params, 4, two_qualities=True)
+    assert list(sample["lambdas"]) == ["q2", "q7"] and sample["mfip"]["precode"] == "q2"
+    compress = [Run("compress", f"compress@maskrcnn-elic-{q}", 800.0, 1.0, 9.0, 8 * 10**6) for q in sample["lambdas"]]
+    measure = Run("measure", "measure@maskrcnn-elic", 160.0, 1.0, 9.0, 80)
+    found = planned(params, Sample(sample, [*compress, measure]), NONE, NONE, start=6).set_index("stage")
+    assert found["runs"].to_dict() == {"compress": 8, "measure": 1}
+    assert found["items"].to_dict() == {"compress": 8 * 5000, "measure": 5000}
+    assert found.loc["compress", "of_items_h"] * 3600 == approx(8 * 5000 * 100)
+    assert found.loc["compress", "start_h"] * 3600 == approx(8 * 6)
+    assert found.loc["compress", "disk_gb"] == approx(8 * 5000 * 1e6 / 1e9)
+    assert found.loc["measure", "of_items_h"] * 3600 == approx(5000 * 20 * 4)  # decoded at 8 qualities, not 2
+
+
+def test_what_codes_large_images_is_sampled_once(monkeypatch):
+    asked = []
+
+    def run_sample(params, dvc_yaml, wanted):
+        asked.append((params["prepare"]["images"]["test"], wanted))
+        names = wanted or ["prepare", "measure_uncoded@x", "train_codec@x-elic", "measure@x-elic"]
+        return [Run(name.partition("@")[0], name, 1.0, 1.0, 1.0, 1) for name in names]
+
+    monkeypatch.setattr(planning, "run_sample", run_sample)
+    monkeypatch.setattr(planning, "start_seconds", lambda: 0.0)
+    cheap = ["prepare", "measure_uncoded@x", "train_codec@x-elic"]
+    planning.plan(ROOT / "profiles/coco")
+    assert asked == [(4, []), (4, ["train_codec@x-elic"]), (8, cheap)]
+    asked.clear()
+    planning.plan(ROOT)  # where nothing is trained
+    assert asked == [(8, []), (16, [*cheap, "measure@x-elic"])]
 
 
 def test_counts_are_printed_whole_and_hours_with_three_places():

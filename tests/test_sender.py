@@ -8,16 +8,23 @@ import online_profile
 import pytest
 import torch
 import yaml
-from online_profile import IMAGE, LAMBDAS, MADE, PRICE, ROOT, SIZE, STEPS, WITHOUT, command
+from artifacts import write_coded, write_features
+from online_profile import IMAGE, LAMBDAS, MADE, NETWORKS, PRICE, ROOT, SIZE, STEPS, WITHOUT, command
 from PIL import Image
+from pycocotools.coco import COCO
 from pytest import approx
 
-from stages.benchmark import RECEIVER, SENDER
 from stages.lib import mfip, online, online_costs
+from stages.lib.accuracy import match
+from stages.lib.benchmark_tables import RECEIVER, SENDER
 from stages.lib.bitstream import FRAME_BYTES, MAX_SIDE, pack_record, parse
 from stages.lib.coding import decode_scale, encode_scale
+from stages.lib.evaluating import Choices, bits_of, tabulate
+from stages.lib.features import Features
+from stages.lib.learned import LearnedCodec
 from stages.lib.models import pyramid_of, read_image
-from stages.lib.online import decode_pyramid, encode, load_cell, nearest_in_size
+from stages.lib.nearest import nearest_in_size
+from stages.lib.online import decode_pyramid, encode, load_cell, load_networks
 from stages.lib.params import COARSER, SCALES, SKIPPED
 from stages.lib.schema import InputError
 
@@ -31,6 +38,19 @@ def test_one_image_has_one_file_on_any_number_of_threads(cell, threads):
     threads(3)
     assert encode(IMAGE, cell, lambda_prime=PRICE).data == first.data
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("codec", NETWORKS)
+def test_the_entropy_coders_tables_are_built_on_one_thread(codec, threads, monkeypatch):
+    """As the sender's: on several a sum may end in another bit."""
+    seen, update = [], LearnedCodec.update
+    monkeypatch.setattr(LearnedCodec, "update", lambda self: seen.append(torch.get_num_threads()) or update(self))
+    bits = []
+    for count in (1, 5):
+        threads(count)
+        bits.append(load_networks(load_cell(f"detection-{codec}")).feature_codec.codec._tables.bits)
+        assert torch.get_num_threads() == count
+    assert seen == [1, 1] and np.array_equal(*bits)
 
 
 def test_the_receiver_has_what_each_scale_decodes_to_at_its_level(cell, networks):
@@ -57,6 +77,34 @@ def test_the_bits_of_a_file_are_those_of_the_ledger(cell):
     assert encoded.bpp == 8 * len(encoded.data) / (SIZE[0] * SIZE[1])
 
 
+@pytest.mark.parametrize("codec", ["elic", "tcm", "hevc"])
+@pytest.mark.parametrize("choice", [{"phi": 1}, {"lambda_prime": PRICE}, {"lambda_prime": 4 * PRICE}])
+def test_the_bits_of_a_file_are_those_of_the_table_of_results(codec, choice, tmp_path):
+    """Which come from the records of `compress` and an allocation's phi, with skipped scales but for a given phi."""
+    cell = load_cell(f"detection-{codec}")
+    networks, encoded = load_networks(cell), encode(IMAGE, cell, **choice)
+    pyramid, sizes = pyramid_of(networks.detector, read_image(IMAGE))
+    features = Features(write_features(tmp_path / "f", [("test", 12, pyramid, sizes)]), "test")
+    for quality, lmbda in LAMBDAS.items():
+        write_coded(tmp_path, quality, [features], networks.feature_codec, lmbda)
+    truth = COCO()
+    truth.dataset = {"images": [{"id": 12}], "categories": [{"id": 1}], "annotations": []}
+    truth.createIndex()
+    nothing, phi = match(truth, [], [12], "detection"), encoded.phi[None].astype(int)
+    assert (SKIPPED in phi) == ("phi" not in choice)
+    table = tabulate(
+        Choices([("mfiba_skip", 0)], {12: phi}),
+        [(("none", 0), nothing), (("mfiba_skip", 0), nothing)],
+        bits_of(tmp_path, list(LAMBDAS), features),
+        features,
+        {"task": "detection", "codec": codec},
+        2,
+        0,
+    ).points
+    assert table["bits_per_image"].tolist() == [0, 8 * len(encoded.data)]
+    assert table["bpp"].tolist() == [0, encoded.bpp]
+
+
 def test_phi_follows_from_sensitivity_and_the_bits_of_the_precoding(cell, networks, monkeypatch):
     precoded = encode(IMAGE, cell, phi=1).scale_bits  # precode: q2
     monkeypatch.setattr(online, "decode_scale", None)
@@ -77,6 +125,14 @@ def test_a_given_quality_needs_no_importance(cell, monkeypatch):
     encoded = encode(IMAGE, cell, phi=1)
     assert encoded.phi.tolist() == [1] * 5 and encoded.sensitivity is None
     assert list(encoded.seconds) == ["backbone", "coding", "writing"]
+
+
+def test_a_quality_between_two_lambdas_is_that_of_their_geometric_mean(cell, networks):
+    between = [encode(IMAGE, cell, phi=phi) for phi in (1, 1.5, 2.0)]
+    level = networks.feature_codec.codec.level((LAMBDAS["q2"] * LAMBDAS["q3"]) ** 0.5)
+    assert {record.level for record in parse(between[1].data).records.values()} == {level}
+    assert between[1].phi.tolist() == [1.5] * 5
+    assert between[0].bpp < between[1].bpp < between[2].bpp
 
 
 def test_the_steps_of_sender_and_receiver_are_timed_for_every_way_to_choose(cell):
@@ -106,7 +162,9 @@ def test_the_price_is_that_of_the_middle_operating_point(tmp_path):
 
 def test_nothing_is_coded_twice(cell, monkeypatch):
     seen = []
-    monkeypatch.setattr(online, "encode_scale", lambda *words: seen.append(words[1:3]) or encode_scale(*words))
+    monkeypatch.setattr(
+        online, "encode_scale", lambda *words, **named: seen.append(words[1:3]) or encode_scale(*words, **named)
+    )
     encode(IMAGE, cell, bpp=20)
     assert len(seen) == len(set(seen))
 
@@ -118,6 +176,13 @@ def test_a_file_is_as_large_as_asked_for(cell, share):
     encoded = encode(IMAGE, cell, bpp=bpp)
     assert encoded.bpp == approx(bpp, rel=0.05)
     assert encoded.wanted_bpp == bpp
+
+
+def test_a_file_is_as_large_as_asked_for_wherever_a_scale_begins_to_be_sent(cell):
+    """From the least that the method sends to the most of all: each size is one that single scales leap over."""
+    least = min(bpp for k in range(20) if (bpp := encode(IMAGE, cell, lambda_prime=PRICE * 2.0**k).bpp) > 0.2)
+    for bpp in np.geomspace(least, encode(IMAGE, cell, phi=3).bpp, 12):
+        assert encode(IMAGE, cell, bpp=bpp).bpp == approx(bpp, rel=0.05)
 
 
 def test_without_a_choice_a_file_is_as_large_as_its_precoding(cell):
@@ -159,6 +224,40 @@ def test_any_size_between_the_ends_is_met_with_few_codings(jump, top, together):
         assert bits(phi) == approx(wanted, rel=0.05)
         assert phi.min() >= 0 and phi.max() <= 5
         assert len(seen) <= 45  # of (scale, phi): nine whole pyramids
+
+
+@pytest.mark.parametrize("begins", [[0], [2], [0, 3]])
+@pytest.mark.parametrize("share", np.linspace(0.02, 0.98, 9))
+def test_a_size_between_a_scale_that_is_skipped_and_one_that_is_sent_is_met(begins, share):
+    size = np.array([200.0, 150.0, 120.0, 90.0, 80.0])
+
+    def choose(lambda_prime: float) -> np.ndarray:
+        phi = np.ones(5)
+        phi[begins] = -1 if lambda_prime > 1 else 2
+        return phi
+
+    def bits(phi: np.ndarray) -> float:
+        return float(np.where(phi < 0, 0, size * 1.7**phi).sum())
+
+    few, many = bits(choose(10)), bits(choose(0.1))
+    wanted = few + share * (many - few)
+    assert bits(nearest_in_size(choose, bits, wanted, 3)) == approx(wanted, rel=0.05)
+
+
+@pytest.mark.parametrize(("scales", "error"), [(1, 0.06), (2, 0.05), (5, 0.05)])
+@pytest.mark.parametrize("step", range(8))
+def test_steps_of_12_percent_are_taken_scale_by_scale(scales, error, step):
+    """As of HEVC's QPs, where all scales that are sent come to their next one at the same share of the way."""
+    size = np.array([100.0] * scales + [0.0] * (5 - scales))
+
+    def choose(lambda_prime: float) -> np.ndarray:
+        return np.full(5, 0.0 if lambda_prime > 1 else 1.0)
+
+    def bits(phi: np.ndarray) -> float:
+        return float((size * 1.12 ** np.rint(8 * phi)).sum())
+
+    wanted = 1.06 * 1.12**step * size.sum()  # both neighbours are more than 5 % away
+    assert bits(nearest_in_size(choose, bits, wanted, 1)) == approx(wanted, rel=error)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +309,7 @@ def test_dvc_makes_it_by_that_name(path):
 
 
 def test_an_unknown_cell_names_the_known_ones():
-    with pytest.raises(InputError, match="'detection-jpeg'.*choose from detection-elic, keypoints-elic"):
+    with pytest.raises(InputError, match="'detection-jpeg'.*choose from detection-elic, detection-hevc,"):
         load_cell("detection-jpeg")
 
 

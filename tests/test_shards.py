@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import torch
 from stages.lib import files, shards
 from stages.lib.features import SHARD_IMAGES, Shard, shards_of
 from stages.lib.schema import InputError
-from stages.lib.shards import execute, map_in_memory, map_shards, unfinished
+from stages.lib.shards import map_in_memory, map_shards, publish, unfinished
 
 SHARDS = shards_of({"fit": range(3 * SHARD_IMAGES + 5), "test": range(100, 100 + SHARD_IMAGES)})
 
@@ -153,6 +154,33 @@ def test_what_the_shards_are_made_from_tells_whether_they_still_count(tmp_path):
     assert sorted(tmp_path.iterdir()) == [source]
 
 
+def test_what_a_killed_worker_wrote_half_is_removed_but_not_while_nodes_may_write(tmp_path, monkeypatch):
+    def left_over() -> set[str]:
+        with pytest.raises(KeyboardInterrupt), unfinished(tmp_path / "out") as folder:
+            found = {path.name for path in folder.iterdir()}
+            for name in ("fit-00000.h5", ".tmp-1a2b-fit-00001.h5"):
+                (folder / name).write_text("data")
+            raise KeyboardInterrupt
+        return found
+
+    assert left_over() == set() and left_over() == {"fit-00000.h5"}
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert left_over() == {"fit-00000.h5", ".tmp-1a2b-fit-00001.h5"}
+
+
+def test_published_shards_are_whole_with_and_without_hard_links(tmp_path, monkeypatch):
+    paths = run(tmp_path / "w")
+    publish(paths, tmp_path / "linked")
+    assert (tmp_path / "linked" / paths[0].name).samefile(paths[0])
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    publish(paths, tmp_path / "copied")
+    assert contents(tmp_path / "copied") == contents(tmp_path / "linked") == contents(tmp_path / "w")
+
+
 def test_libraries_and_kind_of_processor_tell_it_too(tmp_path, monkeypatch):
     def folder_of_shards() -> Path:
         with unfinished(tmp_path / "out") as folder:
@@ -227,6 +255,16 @@ def test_a_killed_worker_is_told_with_a_remedy(monkeypatch):
         map_in_memory(lambda _: os.kill(os.getpid(), signal.SIGKILL), [0, 1], "work")
 
 
+def test_a_worker_that_is_killed_before_the_last_has_begun_is_told_with_a_remedy(monkeypatch):
+    def broken(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setenv("WORKERS", "2")
+    monkeypatch.setattr(shards.ProcessPoolExecutor, "submit", broken)
+    with pytest.raises(InputError, match="work: a worker was killed.*0 of 2 parts .*WORKERS=1"):
+        map_in_memory(lambda item: item, [0, 1], "work")
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
 @pytest.mark.parametrize("count", ["0", "1"])
 def test_out_of_memory_is_told_with_a_remedy(monkeypatch, error, count):
@@ -292,64 +330,3 @@ def test_a_disk_too_small_for_the_other_shards_is_told_after_the_first(tmp_path,
     with pytest.raises(InputError, match="GB are needed; free some space"):
         run(tmp_path / "w")
     assert len(contents(tmp_path / "w")) == 1
-
-
-# ---- Ray
-
-
-@pytest.fixture
-def cluster(monkeypatch):
-    pytest.importorskip("ray", reason="Ray is optional: pip install -r requirements-ray.txt")
-    import ray
-    from ray.cluster_utils import Cluster
-
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    monkeypatch.setenv("PYTHONPATH", path)  # of the nodes' workers
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    yield SimpleNamespace(nodes=nodes, lose=lambda node: cluster.remove_node(node, allow_graceful=False))
-    ray.shutdown()
-    cluster.shutdown()
-
-
-def test_a_lost_node_changes_no_byte(tmp_path, cluster, monkeypatch):
-    progress, seen = shards.progress, []
-
-    def lose_a_node(items, *args):
-        for item in progress(items, *args):
-            if not seen:
-                cluster.lose(cluster.nodes[0])
-            seen.append(item[0].name)
-            yield item
-
-    monkeypatch.setattr(shards, "progress", lose_a_node)
-    run(tmp_path / "ray", pause=1.0, log=tmp_path / "log")
-    assert sorted(seen) == [shard.name for shard in SHARDS]
-    monkeypatch.delenv("RAY_ADDRESS")
-    monkeypatch.setattr(shards, "progress", progress)
-    run(tmp_path / "here")
-    assert contents(tmp_path / "ray") == contents(tmp_path / "here")
-    assert str(os.getpid()) not in {line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}
-
-
-def test_bad_input_found_on_a_cluster_is_raised_here(tmp_path, cluster):
-    class Refused:
-        def __call__(self):
-            raise InputError("shard: bad")
-
-    with pytest.raises(InputError, match="shard: bad"):
-        list(execute(Refused(), [0], "work"))
-
-
-def test_a_worker_of_a_cluster_that_ends_again_and_again_is_told(cluster, monkeypatch):
-    monkeypatch.setattr(shards, "RETRIES", 0)
-    with pytest.raises(InputError, match="^work: Ray lost a worker 1 times .*run the stage again"):
-        list(execute(lambda: lambda _: os._exit(1), [0], "work"))
-
-
-def test_a_cluster_that_does_not_answer_is_told(monkeypatch):
-    pytest.importorskip("ray", reason="Ray is optional: pip install -r requirements-ray.txt")
-    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
-    with pytest.raises(InputError, match="RAY_ADDRESS is 'nowhere'"):
-        list(execute(lambda: lambda _: None, [0], "work"))

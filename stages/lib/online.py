@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import inf
@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pycocotools import mask as rle
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
 from stages.lib import mfip
 from stages.lib.accuracy import results
-from stages.lib.allocation import BISECTIONS, LOG10_LAMBDA_PRIME, Choose, mfiba_skip, uniform
+from stages.lib.allocation import mfiba_skip, uniform
 from stages.lib.bitstream import (
     FRAME_BYTES,
     Bitstream,
@@ -42,16 +43,16 @@ from stages.lib.bitstream import (
 )
 from stages.lib.coding import FeatureCodec, decode_scale, encode_scale, load_codec, pyramid_shapes
 from stages.lib.files import picture
-from stages.lib.heads import detect
+from stages.lib.heads import Variants, detect_variants
 from stages.lib.loss_rate import read_fit
 from stages.lib.models import DEVICE, Sizes, load_model, pyramid_of, read_image
+from stages.lib.nearest import nearest_in_size
 from stages.lib.params import MAX_SIDE, SCALES, SKIPPED, load_params, precode_of, read_yaml
 from stages.lib.prediction import Predictor
 from stages.lib.prediction import load as load_predictor
-from stages.lib.schema import InputError
+from stages.lib.schema import InputError, is_out_of_memory
 
-TOLERANCE = 0.05  # of a wanted size of the file
-MASK_BYTES = 2**33  # that the masks of one image may take; torchvision pastes them into the original size
+MISTAKES = (AssertionError, AttributeError, ImportError, NameError, TypeError)  # of a program, not of what it reads
 SHOWN = 0.5  # least score of a detection that is drawn
 COLORS = ("lime", "cyan", "magenta", "orange", "deepskyblue")  # of boxes and masks, in turn; keypoints are yellow
 INSTANCES = {  # stage -> its instance for a cell, as dvc.yaml's `foreach` and `matrix` call it
@@ -141,6 +142,7 @@ def load_cell(name: str) -> Cell:
     return Cell(name, params=params, **params["cells"][name])
 
 
+@one_thread()  # on several a sum, and with it a table of the entropy coder, may differ in the last bit
 def load_networks(cell: Cell) -> Networks:
     model, codec, prediction = map(cell.made_by, ("train_model", "train_codec", "fit_prediction"))
     detector, feature_codec = load_model(model, cell.params["models"][cell.model]), load_codec(codec)
@@ -163,13 +165,13 @@ def load_networks(cell: Cell) -> Networks:
 @one_thread()
 @torch.inference_mode()
 def encode(
-    path: Path, cell: Cell, phi: int | None = None, lambda_prime: float | None = None, bpp: float | None = None
+    path: Path, cell: Cell, phi: float | None = None, lambda_prime: float | None = None, bpp: float | None = None
 ) -> Encoded:
     """An image file -> its feature bitstream. At most one of the last three is given:
 
-    phi: one quality for all scales. lambda_prime: the price of a bit in the allocation `mfiba_skip`, as in `allocate`.
-    bpp: bits of the file per pixel of the image, met within 5 % where the qualities reach that far, else as nearly as
-    they do. With none, the bpp that the precoding alone would have.
+    phi: one quality for all scales, whole or not. lambda_prime: the price of a bit in the allocation `mfiba_skip`, as
+    in `allocate`. bpp: bits of the file per pixel of the image, met within 5 % where the qualities reach that far, else
+    as nearly as they do. With none, the bpp that the precoding alone would have.
     """
     lambdas, precode = cell.params["lambdas"], precode_of(cell.params)
     _check_choice(len(lambdas), phi, lambda_prime, bpp)
@@ -183,7 +185,6 @@ def encode(
 
     with clock("backbone"):
         pyramid, sizes = pyramid_of(networks.detector, image)
-    _check_sizes(sizes.original, sizes.resized, cell, networks.detector)
     pixels = sizes.original[0] * sizes.original[1]
 
     @cache
@@ -203,7 +204,7 @@ def encode(
 
     sensitivity = wanted = None
     if phi is not None:
-        (chosen,) = uniform(phi, 1)
+        chosen = np.full(len(SCALES), float(phi))
     else:
         fit, predictor = importance
         with clock("precoding"):
@@ -246,44 +247,9 @@ def encode(
     )
 
 
-def nearest_in_size(choose: Choose, bits: Callable[[np.ndarray], float], wanted: float, highest: float) -> np.ndarray:
-    """The first phi [5] found within 5 % of the wanted bits, or the nearest of all that were tried.
-
-    choose: lambda' -> phi, in steps. Bisection of log lambda' ends between two neighbouring allocations, one with too
-    few bits and one with too many; a share of the way from the one to the other, again by bisection, passes the wanted
-    size. Where even the cheapest bits leave the file too small, all phi go on to `highest`.
-    """
-    log_prices = LOG10_LAMBDA_PRIME[::-1]
-    ends = np.array([choose(10.0**log_price) for log_price in log_prices])
-    least = -log_prices[(ends == ends[0]).all(1)].min()  # nothing is coded to see where phi begins to rise
-    most = -log_prices[(ends == ends[-1]).all(1)].max()
-    tried = []
-
-    def halve(phi_at: Callable[[float], np.ndarray], low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-        """phi_at rises, and so do its bits -> the last with no more bits than wanted, and the first with more."""
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            tried.append(phi_at(middle))
-            size = bits(tried[-1])
-            if abs(size / wanted - 1) <= TOLERANCE:
-                break
-            low, high = (middle, high) if size < wanted else (low, middle)
-        return phi_at(low), phi_at(high)
-
-    def error(phi: np.ndarray) -> float:
-        return abs(bits(phi) - wanted)
-
-    low, high = halve(lambda x: choose(10.0**-x), least, most)
-    if error(tried[-1]) > TOLERANCE * wanted and bits(low) < wanted:
-        if bits(high) < wanted:
-            low, high = high, np.full_like(high, highest)
-        halve(lambda share: low + share * (high - low), 0, 1)
-    return min(tried, key=error)
-
-
-def _check_choice(k: int, phi: int | None, lambda_prime: float | None, bpp: float | None) -> None:
-    if phi is not None and not 0 <= phi < k:
-        raise InputError(f"--phi is {phi}: params.yaml has {k} lambdas; choose 0 to {k - 1}")
+def _check_choice(k: int, phi: float | None, lambda_prime: float | None, bpp: float | None) -> None:
+    if phi is not None and not 0 <= phi <= k - 1:
+        raise InputError(f"--phi is {phi:g}: params.yaml has {k} lambdas; choose 0 to {k - 1}")
     for name, value in (("--lambda-prime", lambda_prime), ("--bpp", bpp)):
         if value is not None and not 0 < value < inf:
             raise InputError(f"{name} is {value}: it must be a number above 0")
@@ -309,32 +275,55 @@ def _read(path: Path, cell: Cell) -> Tensor:
 def decode(bitstream: Bitstream, cell: Cell, networks: Networks, clock: Stopwatch | None = None) -> dict[str, Tensor]:
     """A file that `parse` accepts -> torchvision's detections for the cell's task, in pixels of the original image.
 
-    clock: is told what decoding, with the prediction of skipped scales, and the heads take. Raises InputError, most
-    often BitstreamError, for a file that is forged, or meant for other weights.
+    In place of masks, gigabytes of a photograph of 12 megapixels, stand their `run_lengths`. clock: is told what
+    decoding, with the prediction of skipped scales, and the heads take. Raises BitstreamError for a file that is
+    forged, or meant for other weights.
     """
     check_identity(bitstream, networks.model_id, networks.codec_id)
-    _check_sizes(bitstream.original, bitstream.resized, cell, networks.detector)
+    _check_sizes(bitstream, cell)
     clock = clock or Stopwatch()
     with clock("decoding"):
         pyramid = decode_pyramid(bitstream, networks.feature_codec, networks.predictor)
     sizes = Sizes(bitstream.original, bitstream.resized, bitstream.padded)
     with clock("heads"):
-        (detection,) = detect(networks.detector, pyramid, [sizes], {cell.task})
+        one = Variants(pyramid, {scale: [0] for scale in pyramid})
+        (detection,) = detect_variants(networks.detector, one, [sizes], [{cell.task: None}])
     return detection
 
 
+def _check_sizes(bitstream: Bitstream, cell: Cell) -> None:
+    """Raises BitstreamError for a size of the backbone's image that torchvision's transform does not make.
+
+    Memory depends on nothing else in a file, so that a forged one cannot ask for more than an image would.
+    """
+    least, most = cell.image_size["min"], cell.image_size["max"]
+    share = min(least / min(bitstream.original), most / max(bitstream.original))
+    height, width = (int(side * share) for side in bitstream.original)  # in this order, or it rounds otherwise
+    if bitstream.resized != (height, width):
+        raise BitstreamError(
+            f"size {bitstream.resized[0]} x {bitstream.resized[1]} px as the backbone saw it: models.{cell.model}."
+            f"image_size {least} x {most} makes {height} x {width} of this image; take the params.yaml that it was "
+            "coded with"
+        )
+
+
 def decode_pyramid(bitstream: Bitstream, feature_codec: FeatureCodec, predictor: Predictor) -> dict[str, Tensor]:
-    """Records -> scale -> [1, C, H_s, W_s], finite; scales without a record are predicted."""
-    shapes = pyramid_shapes(bitstream.padded)
-    try:
-        received = {
-            scale: decode_scale([pack_record(record)], scale, shapes[scale], feature_codec)
-            for scale, record in bitstream.records.items()
-        }
-    except InputError:
-        raise
-    except Exception as error:  # a codec does not expect what a forged payload holds
-        raise BitstreamError(f"a payload cannot be decoded ({error}); code the image again") from error
+    """Records -> scale -> [1, C, H_s, W_s], finite; scales without a record are predicted.
+
+    Raises BitstreamError for a payload that a codec refuses, or stumbles over. Memory that ends, and what no payload
+    can cause, keep their own kind.
+    """
+    shapes, received = pyramid_shapes(bitstream.padded), {}
+    for scale, record in bitstream.records.items():
+        try:
+            received[scale] = decode_scale([pack_record(record)], scale, shapes[scale], feature_codec)
+        except InputError as error:
+            raise BitstreamError(f"scale {scale}: {error}") from error
+        except Exception as error:
+            if is_out_of_memory(error) or isinstance(error, MISTAKES):
+                raise
+            kind = type(error).__name__
+            raise BitstreamError(f"scale {scale} cannot be decoded ({kind}: {error}); code the image again") from error
     pyramid = predictor.complete(received, (1, feature_codec.channels, *shapes["3"]))
     for scale, maps in pyramid.items():
         if not maps.isfinite().all():
@@ -353,38 +342,15 @@ def coco_results(image_id: int, detection: dict[str, Tensor], task: str) -> list
 
 def draw(image: Tensor, detection: dict[str, Tensor], task: str) -> Tensor:
     """Image [3, H, W] in [0, 1] -> the same with the detections of score 0.5 and more."""
-    found = {name: value[detection["scores"] >= SHOWN].cpu() for name, value in detection.items()}
-    labels = [f"{k} {score:.2f}" for k, score in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)]
-    if not labels:
+    shown = (detection["scores"] >= SHOWN).nonzero()[:, 0].tolist()
+    if not shown:
         return image
-    colors = [COLORS[i % len(COLORS)] for i in range(len(labels))]
+    labels = [f"{detection['labels'][k]} {detection['scores'][k]:.2f}" for k in shown]
+    colors = [COLORS[i % len(COLORS)] for i in range(len(shown))]
     if task == "segmentation":
-        image = draw_segmentation_masks(image, found["masks"][:, 0] > 0.5, colors=colors)
-    image = draw_bounding_boxes(image, found["boxes"], labels, colors)
+        masks = torch.from_numpy(rle.decode([detection["run_lengths"][k] for k in shown])).permute(2, 0, 1)
+        image = draw_segmentation_masks(image, masks.bool(), colors=colors)
+    image = draw_bounding_boxes(image, detection["boxes"][shown].cpu(), labels, colors)
     if task == "keypoints":
-        image = draw_keypoints(image, found["keypoints"][:, :, :2], colors="yellow")
+        image = draw_keypoints(image, detection["keypoints"][shown, :, :2].cpu(), colors="yellow")
     return image
-
-
-# ---------------------------------------------------------------- both
-
-
-def _check_sizes(original: tuple[int, int], resized: tuple[int, int], cell: Cell, detector: FasterRCNN) -> None:
-    """Raises BitstreamError for sizes that the model's transform does not make, or masks that fit into no memory.
-
-    Memory depends on nothing else in a file, so that a forged one cannot ask for more than an image would.
-    """
-    short, long = sorted(resized)
-    least, most = cell.image_size["min"], cell.image_size["max"]
-    if short > least or long > most:
-        raise BitstreamError(
-            f"size {resized[0]} x {resized[1]} px as the backbone saw it: models.{cell.model}.image_size allows "
-            f"{least} x {most}; take the params.yaml that the image was coded with"
-        )
-    # float32, once for each detection and once in the stack of all
-    needed = 2 * 4 * original[0] * original[1] * detector.roi_heads.detections_per_img
-    if cell.task == "segmentation" and needed > MASK_BYTES:
-        raise BitstreamError(
-            f"size {original[0]} x {original[1]} px: its masks could take {needed / 2**30:.0f} GiB, "
-            f"{MASK_BYTES / 2**30:.0f} are allowed; scale the image down before coding"
-        )

@@ -1,9 +1,13 @@
 """A profile, run with few images and steps -> what each of its stages will take: items, disk, memory, hours.
 
-The stages are those that DVC resolves from dvc.yaml; each runs in a fork of this process, without workers, at two
-sample sizes. What grows between the two is an item's, the rest the stage's own:
+The stages are those that DVC resolves from dvc.yaml; each runs in a fork of this process, without workers, in samples
+of two sizes. What grows between the two is an item's, the rest the stage's own:
 
     hours(items, workers) = start + fixed + of_item * items / workers
+
+What trains runs in a third one with more steps alone, as `train_codec` passes over images, too. Where images are
+large, an image and quality takes minutes on a CPU, but a stage's own part is small: what codes, or decodes, then runs
+once, for two of the qualities.
 """
 
 from __future__ import annotations
@@ -36,6 +40,10 @@ from stages.lib.schema import InputError
 
 SAMPLE_PIXELS, SAMPLE = 2**19, (4, 8)  # images of a split in the smaller sample: by their size, between these
 TRAIN_TIMES = 8  # as many images of `train`: one at least must show an object, for keypoints a person
+GAUSS = (1 - 3**-0.5) / 2  # from either end of a range, where the quadrature of two points has them
+BEFORE_CODING = ("prepare", "train_model", "extract", "fit_prediction", "train_codec", "measure_uncoded")
+TRAINING = ("train_model", "train_codec")  # whose items are steps
+EVERY_QUALITY = ("compress", "measure", "evaluate", "bound", "ablate", "illustrate")  # work for each of `lambdas`
 SHARDED = ("extract", "compress", "measure_uncoded", "measure", "evaluate", "bound", "ablate")  # work for many workers
 
 
@@ -48,6 +56,13 @@ class Run(NamedTuple):
     cpu_seconds: float  # of its user and system time: what others do on the machine is not in them
     peak_mib: float
     written: int  # bytes
+
+
+class Sample(NamedTuple):
+    """A profile with fewer images, steps or qualities, and those of its stages that were run."""
+
+    params: dict[str, Any]
+    runs: list[Run]
 
 
 def items_of(params: dict[str, Any], stage: str, address: str) -> int:
@@ -81,32 +96,63 @@ def plan(profile: Path) -> pd.DataFrame:
         start = start_seconds()
         side = max(model["image_size"]["max"] for model in params["models"].values())
         few = min(max(SAMPLE_PIXELS // side**2, SAMPLE[0]), SAMPLE[1])
-        samples = [sampled(params, few), sampled(params, 2 * few)]
-        return planned(params, samples, [run_sample(sample, Path("dvc.yaml")) for sample in samples], start)
+        large = SAMPLE[0] * side**2 > SAMPLE_PIXELS
+        step = 1 if large else few
+
+        def ran(images: int, steps: int, wanted: list[str]) -> Sample:
+            sample = sampled(params, images, steps, two_qualities=large)
+            return Sample(sample, run_sample(sample, Path("dvc.yaml"), wanted))
+
+        base = ran(few, step, [])
+        addresses = [run.address for run in base.runs if not large or run.stage in BEFORE_CODING]
+        trained = [
+            run.address for run in base.runs if run.stage in TRAINING and items_of(params, run.stage, run.address)
+        ]
+        more_steps = ran(few, 2 * step, trained) if trained else Sample(base.params, [])
+        return planned(params, base, ran(2 * few, step, addresses), more_steps, start)
 
 
 def planned(
-    params: dict[str, Any], samples: list[dict[str, Any]], measured: list[list[Run]], start: float
+    params: dict[str, Any], base: Sample, more_images: Sample, more_steps: Sample, start: float
 ) -> pd.DataFrame:
-    """What two samples of a profile took, and a process until its imports are made, in seconds -> as `plan`."""
+    """What samples of a profile took, and a process until its imports are made, in seconds -> as `plan`.
+
+    A stage of `base` alone is taken to have no part of its own.
+    """
+    others = [{run.address: run for run in sample.runs} for sample in (more_images, more_steps)]
     rows = []
-    for first, second in zip(*measured, strict=True):
-        counts = [items_of(p, first.stage, first.address) for p in (*samples, params)]
+    for run in base.runs:
+        trains = run.stage in TRAINING
+        other = others[trains].get(run.address)
+        few, of_all = (items_of(p, run.stage, run.address) for p in (base.params, params))
+        if other:
+            more = items_of((more_steps if trains else more_images).params, run.stage, run.address)
+            counts, first, second = [few, more, of_all], run, other
+        else:
+            counts, first, second = [0, few, of_all], run._replace(seconds=0, written=0), run
         fixed, of_items = _extrapolated(counts, first.seconds, second.seconds)
-        sharded = first.stage in SHARDED
+        if run.stage == "train_codec" and run.address in others[0]:  # its passes over the images, before any step
+            of_train = [p["extract"]["train_images"] for p in (base.params, more_images.params, params)]
+            _, passes = _extrapolated(of_train, run.seconds, others[0][run.address].seconds)
+            fixed += passes * (1 - of_train[0] / of_train[2])
+        # `compress` is a stage of one quality.
+        share = len(params["lambdas"]) / len(base.params["lambdas"]) if run.stage in EVERY_QUALITY else 1
+        runs = share if run.stage == "compress" else 1
+        sharded = run.stage in SHARDED
         rows.append(
             {
-                "stage": first.stage,
-                "runs": 1,
-                "items": counts[-1],
-                "disk_gb": sum(_extrapolated(counts, first.written, second.written)) / 1e9,
-                "peak_gb": max(first.peak_mib, second.peak_mib) / 1024,
-                "start_h": (start + fixed + (0 if sharded else of_items)) / 3600,
-                "of_items_h": of_items / 3600 if sharded else 0.0,
+                "stage": run.stage,
+                "runs": runs,
+                "items": of_all * runs,
+                "disk_gb": sum(_extrapolated(counts, first.written, second.written)) * share / 1e9,
+                "peak_gb": max(run.peak_mib, second.peak_mib) / 1024,
+                "start_h": ((start + fixed) * runs + (0 if sharded else of_items * share)) / 3600,
+                "of_items_h": of_items * share / 3600 if sharded else 0.0,
             }
         )
     how = dict.fromkeys(("runs", "items", "disk_gb", "start_h", "of_items_h"), "sum") | {"peak_gb": "max"}
-    return pd.DataFrame(rows).groupby("stage", sort=False).agg(how).reset_index()
+    found = pd.DataFrame(rows).groupby("stage", sort=False).agg(how).reset_index()
+    return found.round({"runs": 0, "items": 0}).astype({"runs": int, "items": int})
 
 
 def _extrapolated(counts: list[int], first: float, second: float) -> tuple[float, float]:
@@ -121,9 +167,18 @@ def _extrapolated(counts: list[int], first: float, second: float) -> tuple[float
     return second - of_item * more, of_item * all_of_them
 
 
-def sampled(params: dict[str, Any], few: int) -> dict[str, Any]:
-    """The profile with at most so many images of a split, and steps of a training, for a folder anywhere."""
+def sampled(params: dict[str, Any], few: int, steps: int | None = None, two_qualities: bool = False) -> dict[str, Any]:
+    """The profile with at most `few` images of a split, and steps of a training, for a folder anywhere.
+
+    steps: where they are not `few`, too. two_qualities: of many the two whose mean is nearest to that of all, for what
+    grows smoothly with the quality.
+    """
     sample = json.loads(json.dumps(params))  # a copy, of plain values
+    if two_qualities:
+        names = list(sample["lambdas"])
+        low = round(GAUSS * (len(names) - 1))
+        sample["lambdas"] = {name: sample["lambdas"][name] for name in (names[low], names[-1 - low])}
+        sample["mfip"]["precode"] = names[low]
     images, extract = sample["prepare"]["images"], sample["extract"]
     for split in images:
         images[split] = min(images[split], few * (TRAIN_TIMES if split == "train" else 1))
@@ -131,7 +186,7 @@ def sampled(params: dict[str, Any], few: int) -> dict[str, Any]:
     for section in (*sample["models"].values(), *sample["codecs"].values()):
         for key in ("steps", "entropy_steps"):
             if key in section:
-                section[key] = min(section[key], few)
+                section[key] = min(section[key], few if steps is None else steps)
         for key in ("weights", "init"):
             if section.get(key) and Path(section[key]).suffix:  # else a name of torchvision's
                 section[key] = str(Path(section[key]).resolve())

@@ -7,7 +7,7 @@ computes with one CPU thread, and the files are read in the order of the shards.
 params.yaml holds what changes results:
 
     WORKERS=4        processes on this machine; 0: none but this one. Else one per GPU (one GPU: 0), or one per core.
-    RAY_ADDRESS=...  a Ray cluster, whose nodes share this file system; `local` starts one on this machine.
+    RAY_ADDRESS=...  a Ray cluster of equal machines that share this file system; `local` starts one on this machine.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import math
 import multiprocessing
 import os
+import platform
 import shutil
 import threading
 import time
@@ -61,10 +62,9 @@ def map_shards(
     missing = [shard for shard in shards if not paths[shard.name].exists()]
     todo, checked = sum(len(shard.image_ids) for shard in missing), False
     finished = execute(partial(_writer, load, paths), missing, name)
-    for shard, _ in progress(finished, name, todo, lambda done: len(done[0].image_ids)):
+    for shard, size in progress(finished, name, todo, lambda done: len(done[0].image_ids)):
         if not checked:
-            of_image = paths[shard.name].stat().st_size / len(shard.image_ids)
-            disk_check(folder, of_image * (todo - len(shard.image_ids)))
+            disk_check(folder, size / len(shard.image_ids) * (todo - len(shard.image_ids)))
             checked = True
     return list(paths.values())
 
@@ -94,6 +94,9 @@ def unfinished(out: Path, *made_from: Any) -> Iterator[Path]:
             if other != folder:
                 shutil.rmtree(other)
     folder.mkdir(parents=True, exist_ok=True)
+    if "RAY_ADDRESS" not in os.environ:  # where a node taken for lost may still write
+        for half in folder.glob(".tmp-*"):  # a killed worker's
+            half.unlink()
     try:
         yield folder
     except BaseException:
@@ -104,24 +107,34 @@ def unfinished(out: Path, *made_from: Any) -> Iterator[Path]:
 
 
 def publish(paths: list[Path], folder: Path) -> None:
-    """Shards -> the same files in `folder`, without a copy of the data."""
+    """Shards -> the same files in `folder`, without a copy of the data where the file system has hard links.
+
+    They stay where they are, too: a killed stage finds them again.
+    """
     folder.mkdir()
     for path in paths:
-        os.link(path, folder / path.name)  # a killed stage finds its shards again
+        try:
+            os.link(path, folder / path.name)
+        except OSError:  # some that are shared or mounted from elsewhere refuse it
+            shutil.copyfile(path, folder / path.name)
 
 
 def _fingerprint(made_from: Any) -> str:
     code = sorted(Path(__file__).parent.parent.rglob("*.py"))
     about = [path.read_bytes() for path in code]
     about += [repr(_identity(part)).encode() for part in made_from]
-    about += [f"{package} {version(package)}".encode() for package in PACKAGES]
+    about += [line.encode() for line in _machine()]
+    return hashlib.sha256(b"\0".join(about)).hexdigest()[:16]
+
+
+def _machine() -> list[str]:
+    """What else a result depends on: versions of the libraries, kind of device."""
     if DEVICE.type == "cuda":
         kinds = {torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())}
     else:
         fast = torch.cpu._is_avx512_bf16_supported()  # then networks compute in another type
         kinds = {f"{torch.backends.cpu.get_cpu_capability()} {fast}"}
-    about += [f"{DEVICE} {sorted(kinds)}".encode()]
-    return hashlib.sha256(b"\0".join(about)).hexdigest()[:16]
+    return [*(f"{package} {version(package)}" for package in PACKAGES), f"{DEVICE} {sorted(kinds)}"]
 
 
 def _identity(part: Any) -> Any:
@@ -131,13 +144,15 @@ def _identity(part: Any) -> Any:
     return [(str(file), status.st_size, status.st_mtime_ns) for file, status in ((f, f.stat()) for f in files)]
 
 
-def _writer(load: Callable[[], Callable[[Shard, Path], None]], paths: dict[str, Path]) -> Callable[[Shard], None]:
+def _writer(load: Callable[[], Callable[[Shard, Path], None]], paths: dict[str, Path]) -> Callable[[Shard], int]:
+    """Shard -> its file's bytes, told by who wrote it: other machines may not see a new file at once."""
     function = load()
 
-    def write(shard: Shard) -> None:
+    def write(shard: Shard) -> int:
         # A node that Ray has lost may be alive, and still write the shard that is made elsewhere.
         with atomic(paths[shard.name], f"{uuid4().hex}-") as scratch:
             function(shard, scratch)
+            return scratch.stat().st_size
 
     return write
 
@@ -210,16 +225,9 @@ def _in_processes(
     context = multiprocessing.get_context("fork" if DEVICE.type == "cpu" else "spawn")
     numbers = context.Value("i", 0)
     with ProcessPoolExecutor(count, context, _start, (load, os.getpid(), numbers)) as pool:
-        try:
-            futures: dict[Future[Result], Item] = {pool.submit(_run, item): item for item in items}
-        except OSError as error:
-            for process in multiprocessing.active_children():  # the pool would wait for those that it could begin
-                process.kill()
-                process.join()
-            remedy = f"run it again, with WORKERS={count // 2}"
-            raise InputError(f"{name}: no {count} processes can be begun here ({error.strerror}); {remedy}") from None
         done = 0
         try:
+            futures = _submitted(pool, items, count, name)
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
                 done += 1
@@ -230,6 +238,18 @@ def _in_processes(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, items: Sequence[Item], count: int, name: str) -> dict[Future[Any], Item]:
+    """BrokenProcessPool if a worker that has begun is killed before the last one has."""
+    try:
+        return {pool.submit(_run, item): item for item in items}
+    except OSError as error:
+        for process in multiprocessing.active_children():  # the pool would wait for those that it could begin
+            process.kill()
+            process.join()
+        remedy = f"run it again, with WORKERS={count // 2}"
+        raise InputError(f"{name}: no {count} processes can be begun here ({error.strerror}); {remedy}") from None
 
 
 _load: Load
@@ -278,12 +298,14 @@ def _on_ray(load: Load[Item, Result], items: Sequence[Item], name: str) -> Itera
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     # max_calls: what a worker has loaded is for all its shards; with a GPU, Ray would begin another for each.
     task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(_run_on_ray)
-    number, work = next(_jobs), ray.put(load)
-    waiting = {task.remote((os.getpid(), number), work, os.getcwd(), item): item for item in items}
+    number, work, machine = next(_jobs), ray.put(load), _machine()
+    waiting = {task.remote((os.getpid(), number), machine, work, os.getcwd(), item): item for item in items}
     try:
         while waiting:
             (finished,), _ = ray.wait(list(waiting))
             yield waiting.pop(finished), ray.get(finished)
+    except ray.exceptions.RayTaskError as error:  # its words are the traceback of the worker
+        raise error.cause from None if isinstance(error.cause, InputError) else error
     except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
         why = str(error).partition("\n")[0]
         remedy = "what is finished is kept: run the stage again, with fewer tasks at a time on a node"
@@ -297,10 +319,15 @@ _jobs = itertools.count()
 _job: tuple[int, int] | None = None  # that this worker of Ray has loaded
 
 
-def _run_on_ray(job: tuple[int, int], load: Load, folder: str, item: Any) -> Any:
+def _run_on_ray(job: tuple[int, int], machine: list[str], load: Load, folder: str, item: Any) -> Any:
     global _function, _job
     os.chdir(folder)  # paths of a stage begin at the profile's folder
     if _function is None or job != _job:
+        # What one node codes, another decodes, and their entropy parameters must agree to the bit.
+        for there, here in zip(machine, _machine(), strict=True):
+            if here != there:
+                node = f"node {platform.node()} of the Ray cluster has {here}, the machine of the stage {there}"
+                raise InputError(f"{node}; use equal machines with equal libraries")
         torch.set_num_threads(1)
         _function, _job = load(), job
     return _function(item)
