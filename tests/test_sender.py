@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pytest import approx
 
-from stages.benchmark import RECEIVER, SENDER
+from stages.lib.benchmark_tables import RECEIVER, SENDER
 from stages.lib import mfip, online, online_costs
 from stages.lib.accuracy import match
 from stages.lib.bitstream import FRAME_BYTES, MAX_SIDE, pack_record, parse
