@@ -14,9 +14,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pytest import approx
 
-from stages.lib.benchmark_tables import RECEIVER, SENDER
 from stages.lib import mfip, online, online_costs
 from stages.lib.accuracy import match
+from stages.lib.benchmark_tables import RECEIVER, SENDER
 from stages.lib.bitstream import FRAME_BYTES, MAX_SIDE, pack_record, parse
 from stages.lib.coding import decode_scale, encode_scale
 from stages.lib.evaluating import Choices, bits_of, tabulate
