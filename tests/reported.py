@@ -250,3 +250,14 @@ def size_rows() -> list[dict[str, Any]]:
         for size in ("small", "medium", "large")
         for quantity, name in names
     ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """`write_page`, once for the tests of a file."""
+    return write_page(tmp_path_factory.mktemp("page") / "profile")
+
+
+@pytest.fixture(scope="module")
+def content(made: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    return made[1]

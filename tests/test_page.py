@@ -7,22 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reported
 from pytest import approx
-from reported import BENCHMARK, CELLS, HOSTILE, RATES, ROOT, TEST, additivity_table, ledger, write_page
+from reported import BENCHMARK, CELLS, HOSTILE, RATES, ROOT, TEST, additivity_table, ledger
 
 from stages import report
 from stages.lib import figures, page
 from stages.lib.files import read_csv
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return write_page(tmp_path_factory.mktemp("page") / "profile")
-
-
-@pytest.fixture(scope="module")
-def content(made: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
-    return made[1]
+made, content = reported.made, reported.content  # fixtures
 
 
 def data_of(document: str) -> dict[str, Any]:

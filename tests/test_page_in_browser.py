@@ -9,7 +9,8 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from reported import CELLS, HOSTILE, additivity_table, size_rows, write_page
+import reported
+from reported import CELLS, HOSTILE, additivity_table, size_rows
 
 from stages.lib import page
 
@@ -99,14 +100,7 @@ addEventListener("message", (event) => document.getElementById("found").append(e
 </script>"""  # a window is never as narrow as a phone
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return write_page(tmp_path_factory.mktemp("page") / "profile")
-
-
-@pytest.fixture(scope="module")
-def content(made: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
-    return made[1]
+made, content = reported.made, reported.content  # fixtures
 
 
 @pytest.fixture(scope="module", params=[(1400, "light"), (400, "dark")], ids=["wide", "phone"])
