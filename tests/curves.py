@@ -23,7 +23,8 @@ def make_curves(seed: int, n: int = N) -> Curves:
     skipped = 1.5 * sensitivity * np.linspace(3, 1, 1 + K) + rng.normal(0, 0.02, (n, 5, 1 + K))
     skipped[:, 4] += 0.2  # or pool, whose bits are as dear as its losses are small, would never be sent
     skipped[1] = 0
-    return Curves(np.arange(n) * 3 + 5, drop, loss, skipped, clean, bits, pixels, 1e-3 * rate**-0.8)
+    pseudo = np.concatenate([loss, skipped], 2) * rng.uniform(0.5, 1.5, (n, 5, 1)) + 0.01
+    return Curves(np.arange(n) * 3 + 5, drop, loss, skipped, clean, bits, pixels, 1e-3 * rate**-0.8, pseudo)
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +41,9 @@ def fit():
 def importance():
     rng = np.random.default_rng(3)
     return Importance(rng.dirichlet(np.ones(5), N), rng.uniform(0.05, 3, (N, 5)))
+
+
+@pytest.fixture(scope="module")
+def mix():
+    """As of `fit_mix`: what is made of pseudo-losses and of those by MFIP."""
+    return np.random.default_rng(4).uniform(0.2, 0.8, (5, 2 * K + 1, 2))

@@ -119,7 +119,15 @@ def write_models(data: Path, task: str) -> None:
     loss[:, 4] = 0
     skipped = np.concatenate([loss[:, :, :1], loss], 2) + 1
     curves = Curves(
-        np.arange(n), drop, loss, skipped, np.full(n, 0.5), np.round(rate * pixels[:, :, None]), pixels, rate**-1.0
+        np.arange(n),
+        drop,
+        loss,
+        skipped,
+        np.full(n, 0.5),
+        np.round(rate * pixels[:, :, None]),
+        pixels,
+        rate**-1.0,
+        skipped,
     )
     with pytest.warns(UserWarning, match="scale 'pool' is doubtful"):
         write_json(data / "loss_rate/small/elic" / f"{task}.json", fit_scales(curves, PRECODE))
@@ -136,13 +144,17 @@ def write_models(data: Path, task: str) -> None:
 def write_losses(data: Path, tasks: tuple[str, ...]) -> None:
     """Of the images of test, the last of which has no objects."""
     rng = np.random.default_rng(11)
-    keys = [(task, "test", i, scale) for task in tasks for i in TEST[:-1] for scale in SCALES]
+    keys = [(task, "test", i, scale) for task in tasks for i in TEST for scale in SCALES]
     lines = pd.DataFrame(keys, columns=["task", "split", "image_id", "scale"])
+    empty = lines["image_id"] == TEST[-1]
     for q, quality in enumerate(PARAMS["lambdas"]):
         loss = rng.gamma(2, 0.1, len(lines)) / 2**q
-        measured = {"clean": 0.5, "drop": 0.2 * loss, "loss": loss, "loss_skipped": 2 * loss}
-        write_csv(data / f"losses/small/elic/{quality}.csv", lines.assign(**measured))
-    write_csv(data / "losses/small/uncoded.csv", lines.assign(loss_skipped=1.5))
+        loss = np.where(empty, 0, loss)
+        measured = {"loss": loss, "loss_skipped": 2 * loss, "pseudo_loss": 0.1, "pseudo_loss_skipped": 0.2}
+        accuracies = {"clean": np.where(empty, np.nan, 0.5), "drop": np.where(empty, np.nan, 0.2 * loss)}
+        write_csv(data / f"losses/small/elic/{quality}.csv", lines.assign(**accuracies, **measured))
+    nothing = {"loss_skipped": np.where(empty, 0, 1.5), "pseudo_loss_skipped": 0.3}
+    write_csv(data / "losses/small/uncoded.csv", lines.assign(**nothing))
 
 
 def write_examples(folder: Path, task: str) -> None:

@@ -20,10 +20,10 @@ from stages.lib.loss_rate import read_fit
 from stages.lib.params import SCALES, SKIPPED
 from stages.lib.schema import InputError
 
-evaluated, fit, importance = curves.evaluated, curves.fit, curves.importance  # fixtures
+evaluated, fit, importance, mix = curves.evaluated, curves.fit, curves.importance, curves.mix  # fixtures
 METHODS = [
     *("uniform", "static", "upstream_predicted", "mfiba_closed_form", "mfiba", "static_skip", "mfiba_skip"),
-    *("upstream_measured", "oracle", "oracle_skip"),
+    *("mfiba_pseudo", "mfiba_pseudo_skip", "upstream_measured", "oracle", "oracle_skip"),
 ]
 
 
@@ -68,8 +68,8 @@ def test_a_method_that_saturates_gives_its_nearest_end_once(evaluated):
 
 
 @pytest.fixture(scope="module")
-def table(evaluated, fit, importance):
-    return allocate(evaluated, fit, importance, PRECODE, 6)
+def table(evaluated, fit, importance, mix):
+    return allocate(evaluated, fit, importance, mix, PRECODE, 6)
 
 
 def test_every_method_gives_every_image_and_scale_a_precoded_quality(table, evaluated):
@@ -106,20 +106,41 @@ def changed(table, other):
     return [m for m in METHODS if not rows_of(table, m).equals(rows_of(other, m))]
 
 
-def test_only_label_aware_methods_see_what_test_loses(evaluated, fit, importance, table):
+def test_only_label_aware_methods_see_what_test_loses(evaluated, fit, importance, mix, table):
     order = np.random.default_rng(0).permutation(N)
     measured = {name: getattr(evaluated, name)[order] for name in ("drop", "loss", "loss_skipped", "clean")}
-    other = allocate(evaluated._replace(**measured), fit, importance, PRECODE, 6)
+    other = allocate(evaluated._replace(**measured), fit, importance, mix, PRECODE, 6)
     assert changed(table, other) == ["upstream_measured", "oracle", "oracle_skip"]
 
 
 @pytest.mark.parametrize(
     "what, methods",
-    [("weights", ["upstream_predicted", "mfiba_closed_form"]), ("sensitivity", ["mfiba", "mfiba_skip"])],
+    [
+        ("weights", ["upstream_predicted", "mfiba_closed_form"]),
+        ("sensitivity", ["mfiba", "mfiba_skip", "mfiba_pseudo", "mfiba_pseudo_skip"]),
+    ],
 )
-def test_predictions_reach_only_the_methods_that_predict(what, methods, evaluated, fit, importance, table):
+def test_predictions_reach_only_the_methods_that_predict(what, methods, evaluated, fit, importance, mix, table):
     other = importance._replace(**{what: getattr(importance, what)[::-1]})
-    assert changed(table, allocate(evaluated, fit, other, PRECODE, 6)) == methods
+    assert changed(table, allocate(evaluated, fit, other, mix, PRECODE, 6)) == methods
+
+
+def test_what_the_sender_loses_by_its_own_detections_reaches_the_two_that_mix_it(
+    evaluated, fit, importance, mix, table
+):
+    other = evaluated._replace(pseudo_loss=evaluated.pseudo_loss[::-1])
+    assert changed(table, allocate(other, fit, importance, mix, PRECODE, 6)) == ["mfiba_pseudo", "mfiba_pseudo_skip"]
+
+
+def test_a_sender_that_takes_its_own_losses_for_true_ones_and_is_right_is_the_oracle(evaluated, fit, importance):
+    losses = np.concatenate([evaluated.loss, evaluated.loss_skipped], 2)
+    trusting = np.tile([1.0, 0.0], (*losses.shape[1:], 1))
+    table = allocate(evaluated._replace(pseudo_loss=losses), fit, importance, trusting, PRECODE, 6)
+    for name in ("", "_skip"):
+        found, best = (
+            rows_of(table, f"{method}{name}").drop(columns="method") for method in ("mfiba_pseudo", "oracle")
+        )
+        pd.testing.assert_frame_equal(found, best)
 
 
 def test_a_loss_rate_model_of_other_qualities_is_refused(fit, tmp_path):

@@ -25,6 +25,7 @@ from broken import (
     LOSS_CURVE,
     LOSSES,
     MFIP_ERRORS,
+    MIX,
     MODEL,
     POINTS,
     PREDICTED,
@@ -52,7 +53,7 @@ from broken_results import IN_BITSTREAMS, IN_CODED, IN_FEATURES, IN_REPORTS, IN_
 from conftest import write_folder
 from PIL import Image
 
-from stages.lib import mfip, prediction, results
+from stages.lib import mfip, prediction, pseudo, results
 from stages.lib.coding import FeatureCodec, build_codec, save_codec
 from stages.lib.command import check_output
 from stages.lib.files import write_csv, write_json
@@ -62,13 +63,14 @@ from stages.lib.planes import Packing
 from stages.lib.schema import InputError
 
 ROOT = Path(__file__).parents[1]
+LOST = ("drop", "loss", "loss_skipped", "pseudo_loss", "pseudo_loss_skipped")
 PREPARE = "prepare data/new"
 TRAIN = f"train_model {SPLITS} small data/new.pt"
 EXTRACT = f"extract {SPLITS} {MODEL} small data/new"
 COMPRESS = f"compress {FEATURES} {CODEC} q1 data/new data/new.csv"
 MEASURE = f"measure {SPLITS} {MODEL} {FEATURES} {PREDICTION} {UNCODED} {CODEC} {REAL} small data/new"
 FIT = f"fit_loss_rate {CODED} {LOSSES} {UNCODED} detection data/new.json"
-ALLOCATE = f"allocate {CODED} {LOSSES} {UNCODED} {FITTED} {PREDICTED} detection data/new.csv"
+ALLOCATE = f"allocate {CODED} {LOSSES} {UNCODED} {FITTED} {PREDICTED} {MIX} detection data/new.csv"
 REPORT = "report data reports"
 ENCODE = "encode image.png -o new.mfb --cell detection-elic"
 DECODE = "decode image.mfb -o new.json --cell detection-elic"
@@ -110,14 +112,15 @@ def write_tables() -> None:
     rng = np.random.default_rng(0)
     keys = [(split, i, s) for split, ids in (("test", (5, 6)), ("fit", (7, 8))) for i in ids for s in SCALES]
     rows = pd.DataFrame(keys, columns=["split", "image_id", "scale"])
-    drawn = dict(zip(("drop", "loss", "loss_skipped"), rng.uniform(0.1, 1, (3, len(rows))), strict=True))
+    drawn = dict(zip(LOST, rng.uniform(0.1, 1, (len(LOST), len(rows))), strict=True))
     for q in (1, 2):
         ledger = {"pixels": 64, "bits": q * rng.integers(500, 999, len(rows)), "mse": 0.1 / q, "mse_feature": 0.2 / q}
         ledger |= {"bytes_latent": 40, "bytes_hyper": 9, "bytes_header": 3, "bytes_range": 4, "estimated_bits": 400.0}
         write_csv(Path(f"{CODED}/q{q}.csv"), rows.assign(**ledger))
         lost = {name: values / q for name, values in drawn.items()}
         write_csv(Path(f"{LOSSES}/q{q}.csv"), rows.assign(task="detection", clean=0.5, **lost))
-    write_csv(Path(UNCODED), rows.assign(task="detection", clean=0.5, utility=1.0, loss_skipped=2.0))
+    write_csv(Path(UNCODED), rows.assign(task="detection", clean=0.5, loss_skipped=2.0, pseudo_loss_skipped=2.0))
+    pseudo.save_mix(Path(MIX), np.full((len(SCALES), 5, 2), 0.5))
     write_csv(Path(PREDICTED), rows.assign(weight=0.2, sensitivity=1.0))
     errors = {"kl": 0.1, "mae": 0.1}
     sensitivity = {scale: {"r2": None} for scale in SCALES}
@@ -192,7 +195,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 OPTIONS = [  # command, what the line says
     ("prepare", "usage: python -m stages.prepare out"),
     ("prepare --help", "usage: python -m stages.prepare out"),
-    ("allocate one two", "usage: python -m stages.allocate coded losses uncoded loss_rate importance task out"),
+    ("allocate one two", "usage: python -m stages.allocate coded losses uncoded loss_rate importance mix task out"),
     (TRAIN.replace(" small", " large"), "'large' is not in params.yaml: models; choose from small"),
     (EXTRACT.replace(" small ", " large "), "'large' is not in params.yaml: models; choose from small"),
     ("train_codec f small vvc data/new.pt reports/new", "'vvc' is not in params.yaml: codecs; choose from elic"),
@@ -245,7 +248,11 @@ BAD = [
     *((TRAIN, *row) for row in IN_WEIGHTS + IN_SPLITS),
     *((COMPRESS, *row) for row in IN_FEATURES + IN_ENVIRONMENT),
     *((MEASURE, *row) for row in IN_CODED),
-    (MEASURE, without(UNCODED, "utility"), "uncoded.csv has no column 'utility'; run the stage"),
+    (
+        MEASURE,
+        without(UNCODED, "pseudo_loss_skipped"),
+        "uncoded.csv has no column 'pseudo_loss_skipped'; run the stage",
+    ),
     (MEASURE, without(f"{REAL}/q2.csv", "mse_feature"), "q2.csv has no column 'mse_feature'"),
     (COMPRESS, saved(lambda c: c | {"config": {"codec": "vvc"}}, CODEC), "elic.pt: describes no network of this"),
     (COMPRESS, saved(lambda c: c | {"packing": {"tiles": 3}}, CODEC), "elic.pt: describes no network of this"),

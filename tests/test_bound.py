@@ -148,7 +148,9 @@ def world(tmp_path, truth, monkeypatch) -> SimpleNamespace:
     bits = np.stack(list(bits_of(tmp_path, list(LAMBDAS), features).values())).astype(float)
     loss, skipped, nothing = rng.random((4, 5, 3)) * [1, 0.5, 0.2], rng.random((4, 5, 4)), np.zeros((4, 5, 3))
     labelled = np.array([1, 1, 1, np.nan])
-    curves = Curves(np.array(list(BOXES)), nothing, loss, skipped, labelled, bits, np.ones((4, 5)), nothing)
+    curves = Curves(
+        np.array(list(BOXES)), nothing, loss, skipped, labelled, bits, np.ones((4, 5)), nothing, np.zeros((4, 5, 7))
+    )
     points = [(m, p) for m in ("uniform", "static", "mfiba", "oracle", "oracle_skip") for p in range(3)]
     phi = {i: rng.integers(0, 3, (15, 5)) for i in BOXES}
     allocation = allocation_of(points, np.tile([1e-2, 1e-4, 1e-6], 5), phi)

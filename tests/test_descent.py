@@ -34,7 +34,7 @@ def curves() -> Curves:
     bits = np.cumsum(rng.integers(8, 200, (N, 5, K)), 2).astype(float)
     skipped[:, 3] = skipped[:, 3, :1]  # scale 3 has no coarser one
     nothing = np.zeros((N, 5, K))
-    return Curves(IDS, nothing, loss, skipped, np.ones(N), bits, np.ones((N, 5)), nothing)
+    return Curves(IDS, nothing, loss, skipped, np.ones(N), bits, np.ones((N, 5)), nothing, np.zeros((N, 5, 2 * K + 1)))
 
 
 def additive(curves: Curves):

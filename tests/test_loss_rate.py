@@ -43,10 +43,15 @@ def folders(tmp_path):
                     rows.append(head | measured(image_id, s, q))
                     drop = {"clean": image_id / 50, "coded": 0, "drop": image_id + s / 10 + q / 100}
                     drop["loss"], drop["loss_skipped"] = 1 - drop["drop"], 2 - drop["drop"]
-                    drops += [{"task": task, **head, **drop} for task in ("keypoints", "detection") if image_id != 12]
+                    drop["pseudo_loss"], drop["pseudo_loss_skipped"] = 3 - drop["drop"], 4 - drop["drop"]
+                    if image_id == 12:
+                        drop |= {"clean": np.nan, "coded": np.nan, "drop": np.nan, "loss": 0, "loss_skipped": 0}
+                    drops += [{"task": task, **head, **drop} for task in ("keypoints", "detection")]
         write_csv(coded / f"{name}.csv", pd.DataFrame(rows))
         write_csv(losses / f"{name}.csv", pd.DataFrame(drops))
-    uncoded = pd.DataFrame(drops).assign(loss_skipped=lambda rows: 1000 + rows["drop"])  # the last quality's drops
+    uncoded = pd.DataFrame(drops).assign(  # of the last quality's drops
+        loss_skipped=lambda rows: (1000 + rows["drop"]).fillna(0), pseudo_loss_skipped=lambda rows: rows["image_id"]
+    )
     write_csv(tmp_path / "uncoded.csv", uncoded)
     return coded, losses, tmp_path / "uncoded.csv"
 
@@ -68,6 +73,9 @@ def test_curves_hold_every_row_in_rising_image_id(folders):
                     assert curves.loss_skipped[n, s, 1 + q] == 2 - curves.drop[n, s, q]
                     neither = approx(1000 + image_id + s / 10 + 0.03)  # nor the coarser one
                     assert curves.loss_skipped[n, s, 0] == neither
+                    assert curves.pseudo_loss[n, s, q] == 3 - curves.drop[n, s, q]
+                    assert curves.pseudo_loss[n, s, 4 + q] == 4 - curves.drop[n, s, q]
+                assert curves.pseudo_loss[n, s, 3] == image_id
 
 
 def test_images_without_ground_truth_keep_their_bits_and_have_nothing_to_lose(folders):
@@ -96,7 +104,10 @@ def change(file, **how):
         (1, "q2.csv", lambda f: f.drop(columns="loss")),
         (1, "q3.csv", lambda f: f.assign(loss=np.nan)),
         (1, "q1.csv", lambda f: f.assign(loss_skipped=np.nan)),
+        (1, "q1.csv", lambda f: f.assign(pseudo_loss=np.nan)),
+        (1, "", lambda f: f.assign(drop=f["drop"].fillna(0))),
         (2, "", lambda f: f[f.image_id != 7]),
+        (2, "", lambda f: f.drop(columns="pseudo_loss_skipped")),
         (1, "q3.csv", lambda f: f[f.task != "detection"]),
         (1, "q2.csv", lambda f: f[f.scale != "pool"]),
         (1, "q3.csv", lambda f: f[f.image_id != 7]),
@@ -104,8 +115,9 @@ def change(file, **how):
     ],
 )
 def test_a_bad_table_is_named(folders, folder, name, to):
-    change(folders[folder] / name, to=to)
-    with pytest.raises(InputError, match=("coded/", "losses/", "uncoded.csv")[folder] + name):
+    for file in [folders[folder] / name] if name or folder == 2 else (folders[folder] / f"{q}.csv" for q in LAMBDAS):
+        change(file, to=to)
+    with pytest.raises(InputError, match=f"{folders[folder].name}/?{name}"):
         read_curves(*folders, LAMBDAS, "detection", "fit")
 
 
@@ -175,7 +187,7 @@ def test_sensitivities_are_how_many_times_the_mean_an_image_loses():
 def rates_only(bits):
     """Curves of [n, 5, K] bits on planes of one pixel, with drops and losses that no fit finds doubtful."""
     n = len(bits)
-    return Curves(np.arange(n), 1 / bits, 1 / bits, 1 / bits, np.ones(n), bits, np.ones((n, 5)), 1 / bits)
+    return Curves(np.arange(n), *[1 / bits] * 3, np.ones(n), bits, np.ones((n, 5)), *[1 / bits] * 2)
 
 
 def test_bits_that_are_a_power_of_the_precodings_are_predicted_exactly():
@@ -228,7 +240,9 @@ def test_each_rival_wins_on_data_of_its_own(model):
         "quality_sensitivity": steps * rng.uniform(0.2, 2, (60, 1, 1)) + 0 * rate,
     }[model]
     drop = np.full(rate.shape, np.nan)  # not read
-    found = rivals(Curves(np.arange(60), drop, loss, loss, np.ones(60), rate * 64, np.full((60, 5), 64.0), mse), 1)
+    found = rivals(
+        Curves(np.arange(60), drop, loss, loss, np.ones(60), rate * 64, np.full((60, 5), 64.0), mse, loss), 1
+    )
     assert found[model] > 0.98
     equal = {model, "quality_sensitivity"} | ({"power_offset"} if model == "power" else set())  # it knows the image
     assert all(r2 < found[model] - 0.01 for other, r2 in found.items() if other not in equal)
@@ -238,7 +252,7 @@ def test_rivals_are_held_out():
     loss = np.zeros((10, 5, 2))
     loss[:, 1] = np.random.default_rng(0).normal(3, 1, (10, 2))
     ones = np.ones(loss.shape)
-    curves = Curves(np.arange(10), ones, loss, loss, np.ones(10), ones, np.ones((10, 5)), ones)
+    curves = Curves(np.arange(10), ones, loss, loss, np.ones(10), ones, np.ones((10, 5)), ones, loss)
     left = np.array([loss[np.arange(10) % 5 != n % 5, 1].mean(0) for n in range(10)])
     expected = 1 - ((loss[:, 1] - left) ** 2).mean() / loss[:, 1].var()
     assert rivals(curves, 1)["quality"] == approx(expected)
@@ -248,7 +262,7 @@ def test_rivals_are_held_out():
 def test_a_measured_sensitivity_does_not_explain_the_noise_it_was_measured_with():
     loss, skipped = np.random.default_rng(0).normal(3, 1, (2, 200, 5, 4))
     ones = np.ones(loss.shape)
-    curves = Curves(np.arange(200), ones, loss, skipped, np.ones(200), ones, np.ones((200, 5)), ones)
+    curves = Curves(np.arange(200), ones, loss, skipped, np.ones(200), ones, np.ones((200, 5)), ones, loss)
     assert rivals(curves, 1)["quality_sensitivity"] < 0
 
 
@@ -335,7 +349,17 @@ def curves():
     skipped = np.concatenate([loss[:, :, :1] + 2, loss + 1], 2)
     skipped[[4, 8]] = 0
     drop[[4, 8]], clean[[4, 8]], loss[[4, 8]] = np.nan, np.nan, 0
-    return Curves(np.arange(n), drop, loss, skipped, clean, rate * pixels[:, :, None], pixels, mse)
+    return Curves(
+        np.arange(n),
+        drop,
+        loss,
+        skipped,
+        clean,
+        rate * pixels[:, :, None],
+        pixels,
+        mse,
+        np.concatenate([loss, skipped], 2),
+    )
 
 
 def test_scales_are_fitted_to_what_made_them(curves):

@@ -1,5 +1,7 @@
 """What a sender finds in its own uncoded features stands for labels, and no label is read."""
 
+from itertools import product
+
 import coded_shapes
 import numpy as np
 import pytest
@@ -7,22 +9,14 @@ import torch
 from coded_shapes import QUALITIES, clean_pyramids, decoded_pyramids
 from pytest import approx
 
-from stages.lib import pseudo
-from stages.lib.measuring import truths
+from stages.lib.measuring import LEAST_SCORE, pseudo_labels, single_scale_losses, truths, uncoded_accuracies
 from stages.lib.params import COARSER, SCALES
-from stages.lib.pseudo import LEAST_SCORE, mix, own_losses, pseudo_labels
+from stages.lib.pseudo import expected_losses, fit_mix, load_mix, losses_by_mfip, save_mix
+from stages.lib.schema import InputError
 
 root, image_ids, features = coded_shapes.root, coded_shapes.image_ids, coded_shapes.features  # fixtures
 predictor, feature_codec = coded_shapes.predictor, coded_shapes.feature_codec
-coded = coded_shapes.coded
-
-
-@pytest.fixture
-def seer(root, features, monkeypatch):
-    seer = coded_shapes.Seer(root, features)
-    for module in (coded_shapes.measuring, pseudo):
-        monkeypatch.setattr(module, "detect_variants", seer.detect)
-    return seer
+coded, seer = coded_shapes.coded, coded_shapes.seer
 
 
 def labels_without_objects(seer, task):
@@ -35,9 +29,9 @@ def labels_without_objects(seer, task):
 
 @pytest.mark.parametrize("task", ["detection", "keypoints"])
 def test_labels_are_what_is_found_in_uncoded_features_with_its_score(seer, features, task):
-    ids = features.image_ids
-    labels = pseudo_labels(seer, features.pyramids(ids), ids, features, labels_without_objects(seer, task), task)
+    ids, sizes = features.image_ids, [features.sizes(i) for i in features.image_ids]
     found = {i: seer._detect(pyramid, features.sizes(i)) for i, pyramid in clean_pyramids(features).items()}
+    labels = pseudo_labels(list(found.values()), ids, sizes, labels_without_objects(seer, task))
     chances = [
         score
         for i in ids
@@ -54,29 +48,36 @@ def test_a_choice_loses_what_is_no_longer_found_times_the_chance_that_it_was_the
     seer, features, feature_codec, predictor, coded, task
 ):
     truth = labels_without_objects(seer, task)
-    losses = own_losses(seer, predictor, feature_codec, features, coded, list(QUALITIES), truth, task)
-    found = losses(features.image_ids)
-    k = len(QUALITIES)
-    assert found.shape == (len(features.image_ids), 5, 2 * k + 1)
-    assert (found[:, :, :k].mean((0, 1))[:-1] > found[:, :, :k].mean((0, 1))[1:]).all()  # by rising quality
-    assert np.array_equal(losses(features.image_ids[2:4]), found[2:4])
+    own = uncoded_accuracies(seer, features, predictor, truth, features.image_ids)
+    parts = coded, list(QUALITIES), feature_codec, predictor
+    lines = single_scale_losses(seer, features, *parts, truth, own)(features.image_ids)
+    assert lines[["clean", "drop"]].isna().all(axis=None) and (lines["loss"] == 0).all()
+    names = ["pseudo_loss", "pseudo_loss_skipped"]
+    assert (lines.groupby("quality")[names].mean().diff().dropna()["pseudo_loss"] < 0).all()  # by rising quality
+    some = single_scale_losses(seer, features, *parts, truth, own)(features.image_ids[2:4])
+    again = some.merge(lines, on=["quality", "image_id", "scale"])
+    assert (again[[f"{n}_x" for n in names]].to_numpy() == again[[f"{n}_y" for n in names]].to_numpy()).all()
     if task == "keypoints":
         return
     clean = clean_pyramids(features)
-    for q, quality in enumerate(QUALITIES):
-        decoded = decoded_pyramids(coded / quality, features, feature_codec)
-        for n, i in enumerate(features.image_ids):
-            for s, scale in enumerate(SCALES):
-                coarser = COARSER.get(scale)
-                predicted = (
-                    predictor(scale, decoded[i][coarser][None])[0] if coarser else torch.zeros_like(clean[i]["3"])
-                )
-                for choice, maps in ((q, decoded[i][scale]), (k + 1 + q, predicted)):
-                    before, after = (
-                        seer._detect(pyramid, features.sizes(i)) for pyramid in (clean[i], clean[i] | {scale: maps})
-                    )
-                    expected = worth(before, before) - worth(before, after)
-                    assert found[n, s, choice] == approx(expected, abs=1e-9)
+    lines, own = lines.set_index(["quality", "image_id", "scale"]), own.set_index(["image_id", "scale"])
+
+    def lost(i, **changed):
+        before, after = (seer._detect(clean[i] | maps, features.sizes(i)) for maps in ({}, changed))
+        return approx(worth(before, before) - worth(before, after), abs=1e-9)
+
+    nothing = {i: torch.zeros_like(clean[i]["3"]) for i in clean}
+    for q in QUALITIES:
+        decoded = decoded_pyramids(coded / q, features, feature_codec)
+        for i, scale in product(features.image_ids, SCALES):
+            line, coarser = lines.loc[(q, i, scale)], COARSER.get(scale)
+            predicted = predictor(scale, decoded[i][coarser][None])[0] if coarser else nothing[i]
+            assert line["pseudo_loss"] == lost(i, **{scale: decoded[i][scale]})
+            assert line["pseudo_loss_skipped"] == lost(i, **{scale: predicted})
+    for i in features.image_ids:
+        assert own.loc[(i, "3"), "pseudo_loss_skipped"] == lost(i, **{"3": nothing[i]})
+        of_nothing = predictor("pool", nothing[i][None])[0]
+        assert own.loc[(i, "pool"), "pseudo_loss_skipped"] == lost(i, pool=of_nothing)
 
 
 def worth(labels: dict, found: dict) -> float:
@@ -96,10 +97,33 @@ def worth(labels: dict, found: dict) -> float:
 
 def test_a_mix_is_of_each_choice_and_only_where_it_helps():
     rng = np.random.default_rng(0)
-    fit, test = rng.uniform(0, 1, (2, 60, 5, 3)), rng.uniform(0, 1, (2, 20, 5, 3))
-    factors = rng.uniform(0.2, 2, (2, 5, 3))
-    loss = (factors[:, None] * fit).sum(0)
-    loss[:, 4] = fit[1, :, 4] + rng.normal(0, 0.5, (60, 3))  # the first guess tells nothing of the last scale
-    found = mix(tuple(fit), loss, tuple(test))
-    assert found[:, :4] == approx((factors[:, None] * test).sum(0)[:, :4])
-    assert np.array_equal(found[:, 4], test[1, :, 4])
+    own, by_mfip = rng.uniform(0, 1, (2, 60, 5, 3))
+    factors = rng.uniform(0.2, 2, (5, 3, 2))
+    loss = expected_losses(factors, own, by_mfip)
+    assert loss[7, 2, 1] == approx(factors[2, 1] @ [own[7, 2, 1], by_mfip[7, 2, 1]])
+    loss[:, 4] = by_mfip[:, 4] + rng.normal(0, 0.5, (60, 3))  # its own detections tell nothing of the last scale
+    found = fit_mix(own, by_mfip, loss)
+    assert found[:4] == approx(factors[:4])
+    assert found[4].tolist() == [[0, 1]] * 3
+
+
+def test_a_mix_is_chosen_on_images_that_it_was_not_fitted_to():
+    """Six images and noise: factors that fit them explain others worse than none."""
+    rng = np.random.default_rng(3)
+    own, by_mfip = rng.normal(0, 1, (2, 10, 5, 3))
+    by_mfip *= 1e-3
+    loss = rng.normal(0, 1, (10, 5, 3))
+    assert (fit_mix(own, by_mfip, loss)[:, :, 0] == 0).sum() >= 9
+
+
+def test_losses_by_mfip_are_its_sensitivity_times_the_mean():
+    mean = np.arange(15.0).reshape(5, 3)
+    assert losses_by_mfip(np.full((1, 5), 2.0), mean).tolist() == [(2 * mean).tolist()]
+
+
+def test_a_mix_is_read_as_it_was_written_and_that_of_other_qualities_is_refused(tmp_path):
+    factors = np.random.default_rng(1).normal(0, 1, (5, 7, 2))
+    save_mix(tmp_path / "mix.json", factors)
+    assert (load_mix(tmp_path / "mix.json", 3) == factors).all()
+    with pytest.raises(InputError, match="mix.json: 0.pseudo"):
+        load_mix(tmp_path / "mix.json", 4)

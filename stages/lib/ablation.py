@@ -21,6 +21,7 @@ from stages.lib.allocation import (
     mfiba_skip,
     operating_points,
     oracle,
+    pseudo_labelled,
     rate_targets,
     static,
     upstream,
@@ -63,7 +64,8 @@ ROWS = {  # part of the method -> variant -> what it is
     },
     "bits of the qualities": {
         "bits_mean": "the mean of fit: nothing is precoded",
-        "bits_real": "real: precoded at every quality (mfiba: at one)",
+        "bits_two": "predicted from two precodings (mfiba: from one)",
+        "bits_real": "real: precoded at every quality",
     },
     "skipping": {
         "pool_skip": "mfiba, pool always derived from scale 3, nothing else skipped",
@@ -97,11 +99,10 @@ AGAINST_SKIPPING = {"static_skip", "coded_pool_skip", "measured_skip", "oracle_s
 
 
 class Senses(NamedTuple):
-    """Sensitivities other than MFIP's, and losses other than theirs times the mean, for the images of test."""
+    """Sensitivities other than MFIP's for the images of test."""
 
     learned: dict[str, np.ndarray]  # channels, objectness, ap: [n, 5], what ridges from other inputs or labels predict
     activity: dict[str, tuple[np.ndarray, np.ndarray]]  # variance, gradient: of fit [m, 5] and of test [n, 5]
-    losses: dict[str, np.ndarray]  # pseudo_alone, mfiba_pseudo: [n, 5, 2 K + 1], columns as `loss`, then `loss_skipped`
 
 
 def described_rows() -> pd.DataFrame:
@@ -120,11 +121,12 @@ def variants(
     model: dict,
     importance: Importance,
     of_fit: Importance,
+    mix: np.ndarray,
     senses: Senses,
     precode: int,
     seed: int,
 ) -> dict[str, Choose]:
-    """Curves, `fit_scales`, predictions for test and, out of fold, fit -> a choice for each of `ROWS`, in their order.
+    """Curves, `fit_scales`, predictions for test and, out of fold, fit, `fit_mix` -> a choice for each of `ROWS`.
 
     The labels of test reach those of SEES_LABELS only.
     """
@@ -134,10 +136,11 @@ def variants(
         main
         | weights_of_closed_form(test.pixels, model, seed)
         | sensitivities(fit, test, model, importance, of_fit, senses, precode, seed)
-        | other_bits(test.bits, model, importance.sensitivity)
+        | other_bits(fit.bits, test.bits, model, importance.sensitivity, precode)
         | skipping(test, model, importance.sensitivity, precode)
-        | with_losses(test.bits, senses.losses)
+        | pseudo_labelled(test.bits, test.pseudo_loss, model, importance, mix)
         | {
+            "pseudo_alone": priced(test.pseudo_loss[:, :, : test.bits.shape[2]], test.bits),
             "static_smooth": _static_smooth(model, len(test.bits)),
             "upstream_calibrated": upstream_with(calibration[weight_bins(importance.weights)], test, model),
             "upstream_image": upstream_image(test),
@@ -193,11 +196,31 @@ def sensitivities(
     return choices | {"sensitivity_ap": priced(ap_loss, predicted_bits(precoded, model["rate"], precode))}
 
 
-def other_bits(bits: np.ndarray, model: dict, sensitivity: np.ndarray) -> dict[str, Choose]:
+def other_bits(
+    bits_fit: np.ndarray, bits: np.ndarray, model: dict, sensitivity: np.ndarray, precode: int
+) -> dict[str, Choose]:
     """`mfiba` that knows less, or more, of the bits [n, 5, K] of its qualities."""
     loss = sensitivity[:, :, None] * column(model, "mean", "loss")
     mean_bits = np.broadcast_to(column(model, "mean", "bits"), bits.shape)
-    return {"bits_mean": priced(loss, mean_bits), "bits_real": priced(loss, bits)}
+    k = bits.shape[2]
+    second = 0 if precode >= k / 2 else k - 1  # the end that is further from the first
+    known = {"mean": mean_bits, "two": predicted_from(bits_fit, bits, [precode, second]), "real": bits}
+    return {f"bits_{name}": priced(loss, values) for name, values in known.items()}
+
+
+def predicted_from(bits_fit: np.ndarray, bits: np.ndarray, known: list[int]) -> np.ndarray:
+    """Bits [m, 5, K] of fit, of which the qualities `known` tell the others -> those of other images [n, 5, K].
+
+    log bits_sq = offset_sq + sum over known k of slope_sqk * log bits_sk, least squares; never less than the quality
+    below. Of [n, 5, K] only `known` is read.
+    """
+    predicted = np.empty_like(bits, dtype=float)
+    for s in range(len(SCALES)):
+        x, wanted = (np.log(b[:, s, known]) for b in (bits_fit, bits))
+        x, wanted = (np.column_stack([values, np.ones(len(values))]) for values in (x, wanted))
+        predicted[:, s] = np.exp(wanted @ np.linalg.lstsq(x, np.log(bits_fit[:, s]), rcond=None)[0])
+    predicted[:, :, known] = bits[:, :, known]
+    return np.maximum.accumulate(predicted, 2)
 
 
 def skipping(test: Curves, model: dict, sensitivity: np.ndarray, precode: int) -> dict[str, Choose]:
@@ -212,15 +235,6 @@ def skipping(test: Curves, model: dict, sensitivity: np.ndarray, precode: int) -
         "pool_skip": lambda lambda_prime: with_skipping(sent, skipped_pool, bits, lambda_prime),
         "coded_pool_skip": lambda lambda_prime: with_skipping(loss, skipped_others, bits, lambda_prime),
         "measured_skip": mfiba_skip(measured(test, model), precoded, model, precode),
-    }
-
-
-def with_losses(bits: np.ndarray, losses: dict[str, np.ndarray]) -> dict[str, Choose]:
-    """Who knows the bits [n, 5, K] of all qualities, and expects these losses [n, 5, 2 K + 1]; also with skipping."""
-    k = bits.shape[2]
-    mixed = losses["mfiba_pseudo"]
-    return {name: priced(loss[:, :, :k], bits) for name, loss in losses.items()} | {
-        "mfiba_pseudo_skip": lambda lambda_prime: with_skipping(mixed[:, :, :k], mixed[:, :, k:], bits, lambda_prime)
     }
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from stages.lib.loss_rate import Curves, importance_labels, predicted_bits, read_table
 from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED
+from stages.lib.pseudo import expected_losses, losses_by_mfip
 from stages.lib.schema import InputError
 
 NOISE_FLOOR = 0.01  # upstream: smaller drops count as none
@@ -48,15 +49,20 @@ def read_importance(file: Path, split: str, image_ids: np.ndarray) -> Importance
     return Importance(*found.values())
 
 
-def allocate(test: Curves, fit: dict, importance: Importance, precode: int, points: int) -> pd.DataFrame:
-    """Curves of test, `fit_scales`, predictions -> method, point, lambda_prime, image_id, scale, phi.
+def allocate(
+    test: Curves, fit: dict, importance: Importance, mix: np.ndarray, precode: int, points: int
+) -> pd.DataFrame:
+    """Curves of test, `fit_scales`, predictions, `fit_mix` -> method, point, lambda_prime, image_id, scale, phi.
 
     `point` counts from 0 in rising bits; `precode` is the quality whose bits a sender knows. The measured drops and
     losses of the evaluated images reach `label_aware` only.
     """
-    return allocation_table(
-        label_free(test.bits, test.pixels, fit, importance, precode) | label_aware(test, fit), test, points
+    methods = (
+        label_free(test.bits, test.pixels, fit, importance, precode)
+        | pseudo_labelled(test.bits, test.pseudo_loss, fit, importance, mix)
+        | label_aware(test, fit)
     )
+    return allocation_table(methods, test, points)
 
 
 def allocation_table(methods: dict[str, Choose], test: Curves, points: int) -> pd.DataFrame:
@@ -104,6 +110,22 @@ def label_free(
             with_skipping(loss_fit[None], skipped_fit[None], bits_fit[None], lam), (n, 1)
         ),
         "mfiba_skip": mfiba_skip(sensitivity, precoded, fit, precode),
+    }
+
+
+def pseudo_labelled(
+    bits: np.ndarray, pseudo_loss: np.ndarray, fit: dict, importance: Importance, mix: np.ndarray
+) -> dict[str, Choose]:
+    """What a sender can do that decodes its codings and runs the heads: it knows all bits and its pseudo-losses.
+
+    bits [n, 5, K], pseudo_loss [n, 5, 2 K + 1]; mix: of `fit_mix`.
+    """
+    mean = np.concatenate([column(fit, "mean", name) for name in ("loss", "loss_skipped")], 1)
+    expected = expected_losses(mix, pseudo_loss, losses_by_mfip(importance.sensitivity, mean))
+    loss, skipped = np.split(expected, [bits.shape[2]], 2)
+    return {
+        "mfiba_pseudo": lambda lambda_prime: _cheapest(loss + lambda_prime * bits, bits),
+        "mfiba_pseudo_skip": lambda lambda_prime: with_skipping(loss, skipped, bits, lambda_prime),
     }
 
 

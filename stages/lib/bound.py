@@ -50,7 +50,14 @@ from stages.lib.shards import map_in_memory
 
 STARTS = {"oracle_joint": "oracle", "oracle_skip_joint": "oracle_skip"}  # what descends -> from which additive choice
 PRICES = STARTS | {"oracle_mirrored": "oracle"}  # bound -> the method whose lambda' it takes
-BESIDE = ("uniform", "mfiba", "mfiba_skip", *STARTS.values())  # methods of the same tables
+BESIDE = (
+    "uniform",
+    "mfiba",
+    "mfiba_skip",
+    "mfiba_pseudo",
+    "mfiba_pseudo_skip",
+    *STARTS.values(),
+)  # methods of the same tables
 SWEEPS = 2  # over the scales
 KINDS = ("any", "near", "skipping")  # of `random_tuples`
 TUPLES = 6  # of each kind, for each image

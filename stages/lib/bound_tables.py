@@ -10,14 +10,9 @@ from stages.lib.results import Study
 from stages.lib.tables import Table, bracketed, comparison, label_aware_note
 
 LOSSES = ["joint", "mirrored", "additive"]
-# Of a bound: the method without labels that chooses among the same qualities.
-PEERS = {
-    "oracle": "mfiba",
-    "oracle_joint": "mfiba",
-    "oracle_mirrored": "mfiba",
-    "oracle_skip": "mfiba_skip",
-    "oracle_skip_joint": "mfiba_skip",
-}
+# Of a bound: the methods without labels that choose among the same qualities.
+PEERS = dict.fromkeys(("oracle", "oracle_joint", "oracle_mirrored"), ("mfiba", "mfiba_pseudo"))
+PEERS |= dict.fromkeys(("oracle_skip", "oracle_skip_joint"), ("mfiba_skip", "mfiba_pseudo_skip"))
 BOUND_NOTE = (
     "oracle and oracle_skip take the loss for the sum of single-scale losses; oracle_joint and oracle_skip_joint "
     "descend from them on the joint loss, scale by scale, at the same prices; oracle_mirrored is oracle with the "
@@ -30,7 +25,7 @@ MIRRORED_NOTE = (
 )
 LEAD_NOTE = (
     "A bound chooses on the very coding errors that the files have. No predictor knows them that does not decode; a "
-    "sender that decodes its codings does (mfiba_pseudo of the ablation). Coded upside down the images, objects and "
+    "sender that decodes its codings does (mfiba_pseudo). Coded upside down the images, objects and "
     "qualities are the same, the errors others: a lead that is left there is of the image. Not all of what goes is of "
     "the errors: one other draw is a noisy guide to their mean, and where a codec errs more on turned maps, the mean "
     "losses of the scales differ too. So what a predictor that does not decode can gain lies between the columns."
@@ -119,7 +114,7 @@ def bound_tables(studies: dict[tuple[str, str], Study]) -> list[Table]:
 def _lead_table(compared: dict[tuple[str, str], tuple[Compared, Compared]]) -> Table:
     rows = []
     for (task, codec), worlds in compared.items():
-        for name, peer in PEERS.items():
+        for name, peer in ((name, peer) for name, peers in PEERS.items() for peer in peers):
             leads = [paired(world, [peer]).set_index("other").loc[name] for world in worlds]
             cells = (bracketed(lead["difference"], lead["ci_low"], lead["ci_high"]) for lead in leads)
             rows.append([f"{task}, {codec}", name, peer, *cells])

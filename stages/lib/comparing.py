@@ -29,11 +29,15 @@ BD_RATE = [
     "n_points",
     "flags",
 ]
-FIXED = {"mfiba": "static", "mfiba_skip": "static_skip"}  # hero -> the best fixed vector of the same qualities
+FIXED = {  # hero -> the best fixed vector of the same qualities
+    "mfiba": "static",
+    "mfiba_pseudo": "static",
+    "mfiba_skip": "static_skip",
+    "mfiba_pseudo_skip": "static_skip",
+}
 HEROES = tuple(FIXED)  # they are compared with every other method
-HEADLINE = (*HEROES, *FIXED.values())  # and with these above all
-# Anchor: the hero that is compared with it directly.
-DIRECT = {"static_skip": "mfiba_skip", "static": "mfiba", "oracle_skip": "mfiba_skip", "oracle": "mfiba"}
+HEADLINE = (*HEROES, *dict.fromkeys(FIXED.values()))  # and with these above all
+ADDITIVE = {"static": "oracle", "static_skip": "oracle_skip"}  # fixed vector -> the additive bound of its qualities
 HIGH = 0.9  # of the uncoded accuracy: what most users would not go below
 RESAMPLES_FAILED = "resamples_failed"
 
@@ -123,16 +127,17 @@ def paired(compared: Compared, heroes: Iterable[str] = HEROES) -> pd.DataFrame:
 
 
 def direct(points: pd.DataFrame, resamples: pd.DataFrame) -> pd.DataFrame:
-    """points.csv and bootstrap.csv of one cell -> each hero of DIRECT with the other method as its anchor.
+    """points.csv and bootstrap.csv of one cell -> each hero with its fixed vector, and with its bound, as the anchor.
 
     Rows as in bd_rate.csv; percent of the other's bits, over the accuracies that these two reach, which is not the
     difference of their BD-rates against a third.
     """
     found = [pd.DataFrame(columns=BD_RATE)]
-    for anchor, hero in DIRECT.items():
-        if {anchor, hero} <= set(points["method"]):
-            part = points[points["method"].isin([anchor, hero])]
-            found.append(compare(part, resamples, anchor).bd)
+    for hero, fixed in FIXED.items():
+        for anchor in (fixed, ADDITIVE[fixed]):
+            if {anchor, hero} <= set(points["method"]):
+                part = points[points["method"].isin([anchor, hero])]
+                found.append(compare(part, resamples, anchor).bd)
     return pd.concat([frame for frame in found if len(frame)] or found, ignore_index=True)
 
 

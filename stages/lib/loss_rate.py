@@ -25,6 +25,7 @@ FOLDS = 5
 FEW_IMAGES = 2 * FOLDS
 # A failed fit says "no measurable loss": the scale asks for next to nothing until the others have theirs.
 FAILED_ALPHA, FAILED_BETA = 1e-6, -1.0
+WITHOUT_TRUTH = ("clean", "drop")  # columns that are empty for images without ground truth
 EQUAL_DROPS = 1e-9  # drops nearer than this are the same AP; a real step of an image's AP is above 1e-5
 RIVALS = ("power", "power_offset", "exponential", "mse", "quality", "quality_sensitivity")  # see `rivals`
 PEAK_SQUARED = 255**2  # planes are normalised to [0, 1]; upstream's constants are for 8-bit MSE
@@ -41,6 +42,7 @@ class Curves(NamedTuple):
     bits: np.ndarray  # [n, 5, K] whole bits, > 0
     pixels: np.ndarray  # [n, 5] of the plane
     mse: np.ndarray  # [n, 5, K] of the normalised plane
+    pseudo_loss: np.ndarray  # [n, 5, K + 1 + K] `loss`, then `loss_skipped`, by the uncoded detections: no label in it
 
     @property
     def labelled(self) -> np.ndarray:
@@ -80,23 +82,24 @@ def read_curves(coded: Path, losses: Path, uncoded: Path, lambdas: list[str], ta
         raise InputError(f"{file}: split {split!r} has bits or pixels that are not > 0; run compress again")
 
     loss_files = [Path(losses) / f"{q}.csv" for q in lambdas]
-    columns = ["clean", "drop", "loss", "loss_skipped"]
-    drops = [_rows(file, columns, split=split, task=task) for file in loss_files]
-    labelled_ids = np.unique(drops[0]["image_id"])
-    stray = np.setdiff1d(labelled_ids, image_ids)
-    if len(stray):
-        raise InputError(f"{loss_files[0]}: image {stray[0]} of split {split!r} is not in {coded_files[0]}")
-    drop, loss = np.full(bits.shape, np.nan), np.zeros(bits.shape)
-    skipped = np.zeros((*bits.shape[:2], 1 + bits.shape[2]))
-    clean = np.full(len(image_ids), np.nan)
-    labelled = np.isin(image_ids, labelled_ids)
-    skipped[labelled, :, 0] = read_table(uncoded, "loss_skipped", labelled_ids, split=split, task=task)
-    for q, (frame, file) in enumerate(zip(drops, loss_files, strict=True)):
-        drop[labelled, :, q] = _table(frame, "drop", labelled_ids, file)
-        loss[labelled, :, q] = _table(frame, "loss", labelled_ids, file)
-        skipped[labelled, :, 1 + q] = _table(frame, "loss_skipped", labelled_ids, file)
-        clean[labelled] = _table(frame, "clean", labelled_ids, file)[:, 0]  # the same for every scale and quality
-    return Curves(image_ids, drop, loss, skipped, clean, bits, pixels[:, :, 0], mse)
+    columns = ["clean", "drop", "loss", "loss_skipped", "pseudo_loss", "pseudo_loss_skipped"]
+    measured = [_rows(file, columns, split=split, task=task) for file in loss_files]
+
+    def table(column: str) -> np.ndarray:
+        parts = [_table(frame, column, image_ids, file) for frame, file in zip(measured, loss_files, strict=True)]
+        return np.stack(parts, 2)
+
+    clean = table("clean")[:, 0, 0]  # the same for every scale and quality
+    drop = table("drop")
+    unlabelled = np.isnan(clean)
+    if (np.isnan(drop) != unlabelled[:, None, None]).any():
+        raise InputError(f"{losses}: an image of split {split!r} has a drop and no `clean`, or none; run measure again")
+    lost = []
+    for name in ("loss", "pseudo_loss"):
+        nothing = read_table(uncoded, f"{name}_skipped", image_ids, split=split, task=task)[:, :, None]
+        lost.append((table(name), np.concatenate([nothing, table(f"{name}_skipped")], 2)))
+    (loss, skipped), pseudo = lost
+    return Curves(image_ids, drop, loss, skipped, clean, bits, pixels[:, :, 0], mse, np.concatenate(pseudo, 2))
 
 
 def read_table(file: Path, column: str, image_ids: np.ndarray, **where: str) -> np.ndarray:
@@ -383,6 +386,6 @@ def _table(frame: pd.DataFrame, column: str, image_ids: np.ndarray, file: Path) 
     if len(odd):
         raise InputError(f"{file}: image, scale {odd[0]} is missing, or is in this file only; run the stage again")
     table = values.reindex(wanted).to_numpy(float).reshape(len(image_ids), len(SCALES))
-    if not np.isfinite(table).all():
+    if column not in WITHOUT_TRUTH and not np.isfinite(table).all():
         raise InputError(f"{file}: column {column!r} holds values that are not finite; run the stage again")
     return table

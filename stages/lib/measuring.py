@@ -1,10 +1,17 @@
-"""Decoded pyramids + heads -> what each image loses with one scale coded, or not sent, and the others clean."""
+"""Decoded pyramids + heads -> what each image loses with one scale coded, or not sent, and the others clean.
+
+Twice: against the ground truth, and against pseudo-labels, what the heads find in the uncoded pyramid. These a sender
+has, too: its image tells it the loss of every choice without a label, with the very coding errors of its bitstreams.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,19 +20,21 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from stages.lib.accuracy import match_variants, per_image, results
+from stages.lib.accuracy import CHANCE, match_variants, per_image, results
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.coding import CodedSplit, FeatureCodec
 from stages.lib.features import Features
 from stages.lib.files import read_csv
 from stages.lib.heads import Asked, Variants, detect_variants
-from stages.lib.models import DEVICE
+from stages.lib.models import DEVICE, Sizes
 from stages.lib.params import COARSER, SCALES
 from stages.lib.prediction import Predictor
 from stages.lib.schema import InputError
 
-UNCODED = ["task", "split", "image_id", "scale", "clean", "utility", "loss_skipped"]
-LOSSES = ["task", "split", "image_id", "scale", "clean", "coded", "drop", "loss", "loss_skipped"]
+KEY = ["task", "split", "image_id", "scale"]
+UNCODED = [*KEY, "clean", "loss_skipped", "pseudo_loss_skipped"]
+LOSSES = [*KEY, "clean", "coded", "drop", "loss", "loss_skipped", "pseudo_loss", "pseudo_loss_skipped"]
+LEAST_SCORE = 0.1  # of a detection that stands for an object
 Pyramid = dict[str, Tensor]  # scale -> [N, C, H_s, W_s]
 
 
@@ -50,24 +59,32 @@ def read_truths(splits: Path, split: str, tasks: list[str]) -> Truths:
     return truths({task: ground_truth(part, task) for task in tasks})
 
 
+class Measured(NamedTuple):
+    """What variants of the pyramids of some images are worth for one task; [variants, images], the first is uncoded."""
+
+    accuracy: np.ndarray  # each image's own COCO AP, NaN without ground truth
+    loss: np.ndarray  # the utility (`accuracy`) that it loses, in objects: the smooth task loss; 0 without ground truth
+    pseudo_loss: np.ndarray  # the same with `pseudo_labels` for the objects
+
+
 def uncoded_accuracies(
     detector: FasterRCNN, features: Features, predictor: Predictor, truth: Truths, image_ids: list[int]
 ) -> pd.DataFrame:
     """Uncoded features of some images -> rows of UNCODED.
 
-    clean, utility: the image's own COCO AP and utility, of all scales; loss_skipped: the utility it loses where neither
-    this scale nor its coarser one is sent, the others being clean. Images without ground truth of a task have no row.
+    clean: the image's own COCO AP, of all scales, NaN without ground truth; loss_skipped, pseudo_loss_skipped: what it
+    loses (`Measured`) where neither this scale nor its coarser one is sent, the others being clean.
     """
     rows = []
     for batch in features.batches(image_ids):
         clean = _on_device(features.pyramids(batch))
-        variants = [clean]
-        variants += [without(clean, scale, predictor) for scale in SCALES]
-        for task, (accuracies, utilities) in image_accuracies(detector, variants, batch, features, truth).items():
-            for image_id, value, (utility, *left) in zip(batch, accuracies[0], utilities.T, strict=True):
-                if not np.isnan(value):
-                    key = task, features.split, image_id
-                    rows += [(*key, s, value, utility, utility - u) for s, u in zip(SCALES, left, strict=True)]
+        variants = [clean, *(without(clean, scale, predictor) for scale in SCALES)]
+        for task, (accuracy, *losses) in measure_variants(detector, variants, batch, features, truth).items():
+            for n, image_id in enumerate(batch):
+                key = task, features.split, image_id
+                rows += [
+                    (*key, scale, accuracy[0, n], *(loss[v, n] for loss in losses)) for v, scale in enumerate(SCALES, 1)
+                ]
     return pd.DataFrame(rows, columns=UNCODED)
 
 
@@ -83,34 +100,38 @@ def single_scale_losses(
 ) -> Callable[[list[int]], pd.DataFrame]:
     """One scale coded, the others clean: what tells it of some images, as rows of LOSSES.
 
-    clean (of `uncoded`), coded: the image's own COCO AP, drop their difference; loss: the utility (`accuracy`) that the
-    image's detections lose, in objects, the smooth task loss; loss_skipped: the same where the scale is not sent, but
-    predicted from its coarser one coded at this quality (scale 3, which has none: as in `uncoded`). Images without
-    ground truth of a task have no row. All variants of a batch of images, of all qualities, pass the heads together.
-    Decoding is checked against the encoder, see `decoder`.
+    clean, coded: the image's own COCO AP, drop their difference, NaN without ground truth; loss, pseudo_loss: what it
+    loses (`Measured`); loss_skipped, pseudo_loss_skipped: the same where the scale is not sent, but predicted from its
+    coarser one coded at this quality (scale 3, which has none: as in `uncoded`). All variants of a batch of images, of
+    all qualities, pass the heads together. Decoding is checked against the encoder, see `decoder`.
     """
     decode = decoder(features, coded, qualities, feature_codec)
     of_scale_3 = uncoded[(uncoded["split"] == features.split) & (uncoded["scale"] == "3")]
-    of_scale_3 = of_scale_3.set_index(["task", "image_id"])[["clean", "utility", "loss_skipped"]]
-    own = dict(zip(of_scale_3.index, of_scale_3.to_numpy().tolist(), strict=True))
+    of_scale_3 = of_scale_3.set_index(["task", "image_id"])[["loss_skipped", "pseudo_loss_skipped"]]
+    without_3 = dict(zip(of_scale_3.index, of_scale_3.to_numpy().tolist(), strict=True))
+    if missing := {*product(truth.coco, features.image_ids)} - without_3.keys():
+        task, image_id = min(missing)
+        raise InputError(f"losses of uncoded features lack image {image_id}, {task}; run `measure_uncoded` again")
 
     def of_batch(image_ids: list[int]) -> Iterator[tuple]:
         *decoded, clean = decode(image_ids)
-        variants = []
-        for maps in decoded:
-            variants += [clean | {scale: maps[scale]} for scale in SCALES]
-            variants += [clean | {scale: predictor(scale, maps[coarser])} for scale, coarser in COARSER.items()]
-        for task, measured in image_accuracies(detector, variants, image_ids, features, truth).items():
-            parts = (np.split(values, len(qualities)) for values in measured)
-            for quality, accuracies, utilities in zip(qualities, *parts, strict=True):
-                for image_id, values, worth in zip(image_ids, accuracies.T, utilities.T, strict=True):
-                    if (task, image_id) in own:
-                        before, utility, without_3 = own[task, image_id]
-                        of_coded, of_skipped = np.split(utility - worth, [len(SCALES)])
-                        losses = {"3": without_3} | dict(zip(COARSER, of_skipped, strict=True))
-                        key = quality, task, features.split, image_id
-                        for scale, value, loss in zip(SCALES, values[: len(SCALES)], of_coded, strict=True):
-                            yield (*key, scale, before, value, before - value, loss, losses[scale])
+        variants, coded_at, skipped_at = [clean], {}, {}
+        for quality, maps in zip(qualities, decoded, strict=True):
+            for scale in SCALES:
+                coded_at[quality, scale] = len(variants)
+                variants.append(clean | {scale: maps[scale]})
+            for scale, coarser in COARSER.items():
+                skipped_at[quality, scale] = len(variants)
+                variants.append(clean | {scale: predictor(scale, maps[coarser])})
+        for task, found in measure_variants(detector, variants, image_ids, features, truth).items():
+            for ((quality, scale), v), (n, image_id) in product(coded_at.items(), enumerate(image_ids)):
+                before, after = found.accuracy[[0, v], n]
+                loss_skipped, pseudo_skipped = without_3[task, image_id]
+                if scale in COARSER:
+                    predicted = skipped_at[quality, scale]
+                    loss_skipped, pseudo_skipped = found.loss[predicted, n], found.pseudo_loss[predicted, n]
+                losses = found.loss[v, n], loss_skipped, found.pseudo_loss[v, n], pseudo_skipped
+                yield quality, task, features.split, image_id, scale, before, after, before - after, *losses
 
     def measure(image_ids: list[int]) -> pd.DataFrame:
         rows = [row for batch in features.batches(image_ids) for row in of_batch(batch)]
@@ -125,24 +146,75 @@ def without(clean: Pyramid, scale: str, predictor: Predictor) -> Pyramid:
     return clean | {scale: predictor.complete(sent, clean["3"].shape)[scale]}
 
 
-def image_accuracies(
+def measure_variants(
     detector: FasterRCNN, variants: list[Pyramid], image_ids: list[int], features: Features, truth: Truths
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Variants of the pyramids of some images -> task -> each image's own AP, NaN without truth, and utility.
+) -> dict[str, Measured]:
+    """Variants of the pyramids of some images, the first one uncoded -> what they are worth for each task."""
+    sizes, others = [features.sizes(i) for i in image_ids], len(variants) - 1
+    everything: Asked = dict.fromkeys(truth.coco)
+    detections = detect_variants(detector, variants_of(variants[:1]), sizes, [everything] * len(image_ids))
+    pseudo = pseudo_labels(detections, image_ids, sizes, truth)
+    asked: list[Asked] = [
+        {
+            task: {a["category_id"] for labels in (truth, pseudo) for a in labels.coco[task].imgToAnns[i]}
+            for task in truth.coco
+        }
+        for i in image_ids
+    ]
+    detections += detect_variants(detector, variants_of(variants[1:]), sizes * others, asked * others)
+    measured = {}
+    for task in truth.coco:
+        found: list[list[dict[str, Any]]] = [[] for _ in variants]
+        for k, detection in enumerate(detections):
+            v, n = divmod(k, len(image_ids))
+            found[v] += results(image_ids[n], detection, task, truth.person_ids)
+        matches, own = (match_variants(labels.coco[task], found, image_ids, task) for labels in (truth, pseudo))
+        utilities, own_utilities = (np.stack([m.utility for m in of]) for of in (matches, own))
+        accuracy = np.stack([per_image(m) for m in matches])
+        measured[task] = Measured(accuracy, utilities[0] - utilities, own_utilities[0] - own_utilities)
+    return measured
 
-    Both are [variants, images].
+
+def pseudo_labels(detections: list[dict[str, Any]], image_ids: list[int], sizes: list[Sizes], truth: Truths) -> Truths:
+    """What is found in uncoded pyramids with a score of LEAST_SCORE or more, as ground truth; the score is its chance.
+
+    Of `truth` only tasks and categories are read, never an annotation. An object's area, a part of OKS, is that of its
+    box.
     """
-    keys = [(v, i) for v in range(len(variants)) for i in image_ids]
-    sizes, asked = [features.sizes(i) for _, i in keys], [truth.labels(i) for _, i in keys]
-    found: dict[str, list[list[dict]]] = {task: [[] for _ in variants] for task in truth.coco}
-    for (v, i), detection in zip(keys, detect_variants(detector, variants_of(variants), sizes, asked), strict=True):
-        for task in truth.coco:
-            found[task][v] += results(i, detection, task, truth.person_ids)
-    accuracies = {}
-    for task, coco in truth.coco.items():
-        matches = match_variants(coco, found[task], image_ids, task)
-        accuracies[task] = np.stack([per_image(m) for m in matches]), np.stack([m.utility for m in matches])
-    return accuracies
+    images = [
+        {"id": i, "height": size.original[0], "width": size.original[1]}
+        for i, size in zip(image_ids, sizes, strict=True)
+    ]
+    found = {}
+    for task, labelled in truth.coco.items():
+        annotations: list[dict[str, Any]] = []
+        for image_id, detection in zip(image_ids, detections, strict=True):
+            annotations += _objects(image_id, detection, task, truth.person_ids)
+        found[task] = COCO()
+        found[task].dataset = {
+            "images": images,
+            "categories": labelled.dataset["categories"],
+            "annotations": [item | {"id": k} for k, item in enumerate(annotations, 1)],
+        }
+        with redirect_stdout(io.StringIO()):
+            found[task].createIndex()
+    return Truths(found, truth.person_ids)
+
+
+def _objects(image_id: int, detection: dict[str, Any], task: str, person_ids: set[int]) -> list[dict[str, Any]]:
+    """One image's detections -> annotations as COCO has them, without ids."""
+    labels = detection["labels"].tolist()
+    chosen = person_ids if task == "keypoints" else set(labels)
+    boxes = [box for box, label in zip(detection["boxes"].tolist(), labels, strict=True) if label in chosen]
+    objects = []
+    for (x1, y1, x2, y2), item in zip(boxes, results(image_id, detection, task, person_ids), strict=True):
+        if (chance := item.pop("score")) >= LEAST_SCORE:
+            size = x2 - x1, y2 - y1
+            item |= {"bbox": [x1, y1, *size], "area": size[0] * size[1], "iscrowd": 0, CHANCE: chance}
+            if task == "keypoints":
+                item["num_keypoints"] = len(item["keypoints"]) // 3
+            objects.append(item)
+    return objects
 
 
 def decoder(

@@ -69,7 +69,7 @@ def compare(case: Case, repetitions: int) -> dict[str, Any]:
     differences = {name: (both[name] - both[f"{name}_plain"]).abs() for name in ("coded", "loss")}
     equal = (differences["coded"] < TOLERANCE) & (differences["loss"] < TOLERANCE)
     evaluations = 1 + len(list(case.coded()))
-    variants = 2 + len(SCALES) - 1 + (len(SCALES) + len(COARSER)) * len(case.decoded)
+    variants = 2 + len(SCALES) + (len(SCALES) + len(COARSER)) * len(case.decoded)
     times_plain = seconds["plain"] / seconds["ours"]
     return {
         "repetitions": repetitions,

@@ -1,188 +1,68 @@
-"""Uncoded detections as pseudo-labels -> the losses that a sender expects who decodes its codings and runs the heads.
+"""Losses by a sender's own uncoded detections, and those by MFIP -> the losses that it expects of every choice.
 
-What the heads find in the uncoded pyramid stands for the objects, each with its score for the chance that it is one.
-So an image tells its own loss of every choice without a label, with the very coding errors of its bitstreams; how much
-of that is true, `fit` tells. The price: every quality is coded and decoded, and the heads see each scale's choices.
+`measuring` finds the former, pseudo-losses: every quality is coded and decoded, and the heads see each scale's choices.
+How much of them is true, `fit` tells: what is expected is the mix of both that is nearest to its losses. Losses are
+[n, 5, Q], Q = 2 K + 1 choices of a scale: coded at each quality, not sent without its coarser one, then with that one
+at each quality.
 """
 
-from __future__ import annotations
-
-import io
-from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
-from pycocotools.coco import COCO
-from torch import Tensor
-from torchvision.models.detection import FasterRCNN
 
-from stages.lib.accuracy import CHANCE, results
-from stages.lib.allocation import Importance, column
-from stages.lib.coding import FeatureCodec, load_codec
-from stages.lib.features import Features, Shard
-from stages.lib.files import read_csv, write_csv
-from stages.lib.heads import detect_variants
-from stages.lib.loss_rate import FOLDS, Curves
-from stages.lib.measuring import Pyramid, Truths, decoder, image_accuracies, read_truths, variants_of, without
-from stages.lib.models import load_model
-from stages.lib.params import COARSER, SCALES
-from stages.lib.prediction import Predictor
-from stages.lib.prediction import load as load_predictor
+from stages.lib.files import read_json, write_json
+from stages.lib.loss_rate import FOLDS
+from stages.lib.params import SCALES
+from stages.lib.schema import Having, numbers
 
-LEAST_SCORE = 0.1  # of a detection that stands for an object
-COLUMNS = ["split", "image_id", "scale", "choice", "loss"]
+GUESSES = ("pseudo", "mfip")
 
 
-def load_measurer(
-    splits: Path,
-    weights: Path,
-    features: Path,
-    prediction: Path,
-    codec: Path,
-    coded: Path,
-    described: dict[str, Any],
-    qualities: list[str],
-    task: str,
-) -> Callable[[Shard, Path], None]:
-    """What writes the `own_losses` of a shard, as rows of COLUMNS."""
-    parts = load_model(weights, described), load_predictor(prediction), load_codec(codec)
-    measures = {}
-    for split in ("fit", "test"):
-        truth = read_truths(splits, split, [task])
-        measures[split] = own_losses(*parts, Features(features, split), coded, qualities, truth, task)
-
-    def measure(shard: Shard, path: Path) -> None:
-        rows = [
-            (shard.split, shard.image_ids[n], SCALES[s], choice, loss)
-            for (n, s, choice), loss in np.ndenumerate(measures[shard.split](shard.image_ids))
-        ]
-        write_csv(path, pd.DataFrame(rows, columns=COLUMNS))
-
-    return measure
+def losses_by_mfip(sensitivity: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Predicted sensitivities [n, 5] and mean losses of fit [5, Q] -> losses [n, 5, Q]."""
+    return sensitivity[:, :, None] * mean
 
 
-def own_losses(
-    detector: FasterRCNN,
-    predictor: Predictor,
-    feature_codec: FeatureCodec,
-    features: Features,
-    coded: Path,
-    qualities: list[str],
-    truth: Truths,
-    task: str,
-) -> Callable[[list[int]], np.ndarray]:
-    """Image ids -> what each image loses by its own pseudo-labels, [n, 5, 2 K + 1], in objects.
+def expected_losses(factors: np.ndarray, pseudo: np.ndarray, by_mfip: np.ndarray) -> np.ndarray:
+    """Factors [5, Q, 2] of both guesses [n, 5, Q] -> their mix [n, 5, Q]."""
+    return factors[:, :, 0] * pseudo + factors[:, :, 1] * by_mfip
 
-    Of a scale, the others being clean: coded at each of K qualities; neither it nor its coarser one sent; not sent, but
-    predicted from its coarser one at the K qualities (scale 3, which has none: as with nothing). `truth`: as there.
+
+def fit_mix(pseudo: np.ndarray, by_mfip: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Pseudo-losses, losses by MFIP (of its predictions out of fold) and losses of fit -> factors [5, Q, 2] of the two.
+
+    Each choice of each scale has the least-squares factors over the images. A scale for which, by 5-fold
+    cross-validation (fold = index mod 5), MFIP alone is at least as near keeps that: factors 0 and 1.
     """
-    decode = decoder(features, coded, qualities, feature_codec)
-
-    def of_batch(image_ids: list[int]) -> np.ndarray:
-        *decoded, clean = decode(image_ids)
-        choices = []
-        for scale in SCALES:
-            nothing, coarser = without(clean, scale, predictor), COARSER.get(scale)
-            choices += [*(clean | {scale: maps[scale]} for maps in decoded), nothing]
-            choices += [clean | {scale: predictor(scale, m[coarser])} if coarser else nothing for m in decoded]
-        pseudo = pseudo_labels(detector, clean, image_ids, features, truth, task)
-        _, (before, *after) = image_accuracies(detector, [clean, *choices], image_ids, features, pseudo)[task]
-        return (before - np.stack(after)).reshape(len(SCALES), -1, len(image_ids)).transpose(2, 0, 1)
-
-    return lambda image_ids: np.concatenate([of_batch(batch) for batch in features.batches(image_ids)])
-
-
-def pseudo_labels(
-    detector: FasterRCNN, clean: Pyramid, image_ids: list[int], features: Features, truth: Truths, task: str
-) -> Truths:
-    """What is found in uncoded pyramids with a score of LEAST_SCORE or more, as ground truth of one task.
-
-    Of `truth` only the categories are read, never an annotation. An object's area, a part of OKS, is that of its box.
-    """
-    sizes = [features.sizes(i) for i in image_ids]
-    found = detect_variants(detector, variants_of([clean]), sizes, [{task: None}] * len(image_ids))
-    annotations: list[dict[str, Any]] = []
-    for image_id, detection in zip(image_ids, found, strict=True):
-        annotations += _objects(image_id, detection, task, truth.person_ids)
-    coco = COCO()
-    coco.dataset = {
-        "images": [
-            {"id": i, "height": size.original[0], "width": size.original[1]}
-            for i, size in zip(image_ids, sizes, strict=True)
-        ],
-        "categories": truth.coco[task].dataset["categories"],
-        "annotations": [item | {"id": k} for k, item in enumerate(annotations, 1)],
-    }
-    with redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return Truths({task: coco}, truth.person_ids)
-
-
-def _objects(image_id: int, detection: dict[str, Tensor], task: str, person_ids: set[int]) -> list[dict[str, Any]]:
-    """One image's detections -> annotations as COCO has them, without ids."""
-    labels = detection["labels"].tolist()
-    chosen = person_ids if task == "keypoints" else set(labels)
-    boxes = [box for box, label in zip(detection["boxes"].tolist(), labels, strict=True) if label in chosen]
-    objects = []
-    for (x1, y1, x2, y2), item in zip(boxes, results(image_id, detection, task, person_ids), strict=True):
-        if (chance := item.pop("score")) >= LEAST_SCORE:
-            size = x2 - x1, y2 - y1
-            item |= {"bbox": [x1, y1, *size], "area": size[0] * size[1], "iscrowd": 0, CHANCE: chance}
-            if task == "keypoints":
-                item["num_keypoints"] = len(item["keypoints"]) // 3
-            objects.append(item)
-    return objects
-
-
-def read_losses(files: list[Path], split: str) -> np.ndarray:
-    """What `load_measurer`'s function wrote -> losses [n, 5, 2 K + 1] of a split, images in rising id."""
-    rows = pd.concat([read_csv(file, COLUMNS) for file in files])
-    rows = rows[rows["split"] == split].assign(scale=lambda r: r["scale"].map(SCALES.index))
-    rows = rows.sort_values(["image_id", "scale", "choice"])
-    return rows["loss"].to_numpy().reshape(rows["image_id"].nunique(), len(SCALES), -1)
-
-
-def expected_losses(
-    of_fit: np.ndarray,
-    of_test: np.ndarray,
-    fit: Curves,
-    model: dict,
-    predicted_of_fit: Importance,
-    predicted: Importance,
-) -> dict[str, np.ndarray]:
-    """`read_losses` of both splits [m or n, 5, 2 K + 1], what is known of fit, MFIP's predictions, of fit out of fold.
-
-    -> what a sender expects, [n, 5, 2 K + 1]: pseudo_alone, the former as they are; mfiba_pseudo, a mix with the losses
-    that MFIP's sensitivity stands for (`mix`).
-    """
-    mean = np.concatenate([column(model, "mean", name) for name in ("loss", "loss_skipped")], 1)
-    by_mfip = [importance.sensitivity[:, :, None] * mean for importance in (predicted_of_fit, predicted)]
-    loss = np.concatenate([fit.loss, fit.loss_skipped], 2)
-    return {"pseudo_alone": of_test, "mfiba_pseudo": mix((of_fit, by_mfip[0]), loss, (of_test, by_mfip[1]))}
-
-
-def mix(fit: tuple[np.ndarray, np.ndarray], loss: np.ndarray, test: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Two guesses at the losses of fit [m, 5, Q], these losses, the same guesses of test [n, 5, Q] -> theirs [n, 5, Q].
-
-    Each choice of each scale takes the least-squares mix of both guesses over the images of fit. A scale for which, by
-    5-fold cross-validation (fold = index mod 5), the second guess alone is at least as near keeps that.
-    """
-    expected = test[1].copy()
+    factors = np.tile([0.0, 1.0], (*loss.shape[1:], 1))
     fold = np.arange(len(loss)) % FOLDS
     for s in range(len(SCALES)):
-        of_fit, of_test = (np.stack([guess[:, s] for guess in guesses], 2) for guesses in (fit, test))  # [n, Q, 2]
+        guesses = np.stack([pseudo[:, s], by_mfip[:, s]], 2)  # [n, Q, 2]
         held_out = np.empty_like(loss[:, s])
         for k in np.unique(fold):
-            held_out[fold == k] = _mixed(of_fit[fold != k], loss[fold != k, s], of_fit[fold == k])
-        if ((held_out - loss[:, s]) ** 2).sum() < ((of_fit[:, :, 1] - loss[:, s]) ** 2).sum():
-            expected[:, s] = _mixed(of_fit, loss[:, s], of_test)
-    return expected
+            held_out[fold == k] = _mixed(_factors(guesses[fold != k], loss[fold != k, s]), guesses[fold == k])
+        if ((held_out - loss[:, s]) ** 2).sum() < ((by_mfip[:, s] - loss[:, s]) ** 2).sum():
+            factors[s] = _factors(guesses, loss[:, s])
+    return factors
 
 
-def _mixed(known: np.ndarray, loss: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Guesses [m, Q, 2], losses [m, Q], guesses of others [n, Q, 2] -> the others' losses [n, Q]."""
-    factors = [np.linalg.lstsq(known[:, q], loss[:, q], rcond=None)[0] for q in range(loss.shape[1])]
-    return np.einsum("nqg,qg->nq", wanted, np.stack(factors))
+def save_mix(path: Path, factors: np.ndarray) -> None:
+    parts = {scale: dict(zip(GUESSES, of.T.tolist(), strict=True)) for scale, of in zip(SCALES, factors, strict=True)}
+    write_json(path, parts)
+
+
+def load_mix(path: Path, k: int) -> np.ndarray:
+    """What `save_mix` wrote for k qualities; raises InputError that names the file where it is another's."""
+    of_scale = Having(dict.fromkeys(GUESSES, numbers(2 * k + 1)))
+    found = read_json(path, Having(dict.fromkeys(SCALES, of_scale)))
+    return np.stack([np.array([found[scale][guess] for guess in GUESSES], float).T for scale in SCALES])
+
+
+def _factors(guesses: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Guesses [n, Q, 2], losses [n, Q] -> least-squares factors [Q, 2]."""
+    return np.stack([np.linalg.lstsq(guesses[:, q], loss[:, q], rcond=None)[0] for q in range(loss.shape[1])])
+
+
+def _mixed(factors: np.ndarray, guesses: np.ndarray) -> np.ndarray:
+    """[Q, 2], [n, Q, 2] -> [n, Q]."""
+    return (guesses * factors).sum(2)

@@ -31,7 +31,7 @@ def other_senses(
         "ap": mfip.learned_sensitivity(model, fit, drops, test, mfip.INPUTS),
     }
     gradients = gradients_of(of_fit, detector), gradients_of(of_test, detector)
-    return Senses(learned, {"variance": (mfip.variance(fit), mfip.variance(test)), "gradient": gradients}, {})
+    return Senses(learned, {"variance": (mfip.variance(fit), mfip.variance(test)), "gradient": gradients})
 
 
 def score_gradients(model: FasterRCNN, pyramid: dict[str, Tensor], sizes: list[Sizes]) -> Tensor:

@@ -13,7 +13,7 @@ from stages.lib.features import Features
 from stages.lib.params import SCALES
 
 SIZES = ("small", "medium", "large")
-METHODS = ("static", "mfiba", "mfiba_skip", "oracle")
+METHODS = ("static", "mfiba", "mfiba_pseudo", "mfiba_skip", "mfiba_pseudo_skip", "oracle")
 
 
 def object_areas(truth: COCO, image_ids: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ function drawSavings() {
   const heroes = Object.entries(data.heroes).toReversed();
   find(".headline", section).append(...heroes.map(([hero, fixed]) => html("span", {}, headline(hero, fixed))));
   find(".numbers", section).append(
-    headTable("savings", `BD-rate against ${data.anchor}, %`, heroes.flat()),
-    headTable("high", `The same ${kept()}`, heroes.flat()),
+    headTable("savings", `BD-rate against ${data.anchor}, %`, [...new Set(heroes.flat())]),
+    headTable("high", `The same ${kept()}`, [...new Set(heroes.flat())]),
   );
   for (const task of new Set(data.cells.map((cell) => cell.task))) savingsOf(find(".grid", section), task);
 }
