@@ -18,6 +18,7 @@ from stages.lib.allocation import allocate, operating_points, rate_targets, targ
 from stages.lib.files import read_csv, write_csv, write_json
 from stages.lib.loss_rate import read_fit
 from stages.lib.params import SCALES, SKIPPED
+from stages.lib.pseudo import save_mix
 from stages.lib.schema import InputError
 
 evaluated, fit, importance, mix = curves.evaluated, curves.fit, curves.importance, curves.mix  # fixtures
@@ -136,10 +137,8 @@ def test_a_sender_that_takes_its_own_losses_for_true_ones_and_is_right_is_the_or
     losses = np.concatenate([evaluated.loss, evaluated.loss_skipped], 2)
     trusting = np.tile([1.0, 0.0], (*losses.shape[1:], 1))
     table = allocate(evaluated._replace(pseudo_loss=losses), fit, importance, trusting, PRECODE, 6)
-    for name in ("", "_skip"):
-        found, best = (
-            rows_of(table, f"{method}{name}").drop(columns="method") for method in ("mfiba_pseudo", "oracle")
-        )
+    for end in ("", "_skip"):
+        found, best = (rows_of(table, f"{name}{end}").drop(columns="method") for name in ("mfiba_pseudo", "oracle"))
         pd.testing.assert_frame_equal(found, best)
 
 
@@ -189,13 +188,18 @@ def test_the_stages_turn_tables_into_a_table(tmp_path, monkeypatch):
                 drop=0.1 / rate,
                 loss=0.2 / rate,
                 loss_skipped=0.4 / rate,
+                pseudo_loss=0.3 / rate,
+                pseudo_loss_skipped=0.6 / rate,
             ),
         )
-    write_csv(Path("uncoded.csv"), head.assign(task="detection", loss_skipped=0.5))
+    write_csv(Path("uncoded.csv"), head.assign(task="detection", loss_skipped=0.5, pseudo_loss_skipped=0.7))
     write_csv(Path("mfip.csv"), head.assign(weight=0.2, sensitivity=1.0))
+    k = len(yaml.safe_load(params)["lambdas"])
+    save_mix(Path("mix.json"), np.full((5, 2 * k + 1, 2), 0.5))
     measured = Path("coded"), Path("losses"), Path("uncoded.csv")
     fit_loss_rate.main(*measured, "detection", Path("fit.json"))
-    allocate_stage.main(*measured, Path("fit.json"), Path("mfip.csv"), "detection", Path("allocations.csv"))
+    models = Path("fit.json"), Path("mfip.csv"), Path("mix.json")
+    allocate_stage.main(*measured, *models, "detection", Path("allocations.csv"))
     table = read_csv(Path("allocations.csv"))
     assert list(dict.fromkeys(table["method"])) == METHODS and set(table["scale"]) == set(SCALES)
     assert set(table["image_id"]) == set(range(10, 20))

@@ -56,9 +56,9 @@ from PIL import Image
 from stages.lib import mfip, prediction, pseudo, results
 from stages.lib.coding import FeatureCodec, build_codec, save_codec
 from stages.lib.command import check_output
-from stages.lib.files import write_csv, write_json
+from stages.lib.files import read_csv, write_csv, write_json
 from stages.lib.models import build, save_model
-from stages.lib.params import SCALES
+from stages.lib.params import SCALES, TASKS
 from stages.lib.planes import Packing
 from stages.lib.schema import InputError
 
@@ -68,7 +68,7 @@ PREPARE = "prepare data/new"
 TRAIN = f"train_model {SPLITS} small data/new.pt"
 EXTRACT = f"extract {SPLITS} {MODEL} small data/new"
 COMPRESS = f"compress {FEATURES} {CODEC} q1 data/new data/new.csv"
-MEASURE = f"measure {SPLITS} {MODEL} {FEATURES} {PREDICTION} {UNCODED} {CODEC} {REAL} small data/new"
+MEASURE = f"measure {SPLITS} {MODEL} {FEATURES} {PREDICTION} {REAL}/uncoded.csv {CODEC} {REAL} small data/new"
 FIT = f"fit_loss_rate {CODED} {LOSSES} {UNCODED} detection data/new.json"
 ALLOCATE = f"allocate {CODED} {LOSSES} {UNCODED} {FITTED} {PREDICTED} {MIX} detection data/new.csv"
 REPORT = "report data reports"
@@ -158,6 +158,10 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run(EXTRACT.replace("data/new", FEATURES), patch) == 0
         for q in ("q1", "q2"):
             assert run(COMPRESS.replace("q1", q).replace("data/new", f"{REAL}/{q}"), patch) == 0
+        rows = read_csv(Path(f"{REAL}/q1.csv"))[["split", "image_id", "scale"]]
+        lost = {"clean": 0.5, "loss_skipped": 2.0, "pseudo_loss_skipped": 2.0}
+        of_tasks = [rows.assign(task=task, **lost) for task in TASKS]
+        write_csv(Path(f"{REAL}/uncoded.csv"), pd.concat(of_tasks))
         assert run(ENCODE.replace("new", "image") + " --phi 0", patch) == 0
     return folder
 
@@ -250,8 +254,13 @@ BAD = [
     *((MEASURE, *row) for row in IN_CODED),
     (
         MEASURE,
-        without(UNCODED, "pseudo_loss_skipped"),
+        without(f"{REAL}/uncoded.csv", "pseudo_loss_skipped"),
         "uncoded.csv has no column 'pseudo_loss_skipped'; run the stage",
+    ),
+    (
+        MEASURE,
+        table(f"{REAL}/uncoded.csv", lambda t: t[t["task"] != "keypoints"]),
+        "losses of uncoded features lack image ... keypoints; run `measure_uncoded` again",
     ),
     (MEASURE, without(f"{REAL}/q2.csv", "mse_feature"), "q2.csv has no column 'mse_feature'"),
     (COMPRESS, saved(lambda c: c | {"config": {"codec": "vvc"}}, CODEC), "elic.pt: describes no network of this"),

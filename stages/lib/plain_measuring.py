@@ -65,7 +65,8 @@ def compare(case: Case, repetitions: int) -> dict[str, Any]:
     runs = {"ours": partial(ours, case), "plain": partial(plain, case)}
     seconds = timings({name: (run, partial(found.__setitem__, name)) for name, run in runs.items()}, repetitions)
     found["plain"] = plain_losses(case, found["plain"][0])
-    both = found["ours"].merge(found["plain"], "left", KEY, suffixes=("", "_plain"))
+    labelled = found["ours"][found["ours"]["clean"].notna()]
+    both = labelled.merge(found["plain"], "left", KEY, suffixes=("", "_plain"))
     differences = {name: (both[name] - both[f"{name}_plain"]).abs() for name in ("coded", "loss")}
     equal = (differences["coded"] < TOLERANCE) & (differences["loss"] < TOLERANCE)
     evaluations = 1 + len(list(case.coded()))
