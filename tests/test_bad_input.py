@@ -45,6 +45,7 @@ from broken import (
     nothing,
     png,
     saved,
+    table,
     text,
     without,
 )
