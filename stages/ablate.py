@@ -50,7 +50,7 @@ def main(
 
     drops = ablation.drops(fit)
     labels = sensitivity_labels(fit.loss, fit.loss_skipped), sensitivity_to(mean_loss(drops), drops)
-    mix = load_mix(importance / f"{task}_mix.json", len(qualities))
+    mix = load_mix(importance / f"{task}_mix.json")
     senses = other_senses(of_fit, of_test, detector, mfip.load(importance / f"{task}.pt"), *labels)
     truth = ground_truth(load_split(splits, "test"), task)
     paths, described = (splits, weights, features, prediction, codec, coded), params["models"][model_name]

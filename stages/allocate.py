@@ -18,8 +18,7 @@ def main(
     test = read_curves(coded, losses, uncoded, qualities, task, "test")
     predicted = read_importance(importance, "test", test.image_ids)
     fit, points = read_fit(loss_rate, len(qualities)), params["tasks"][task]["points"]
-    factors = load_mix(mix, len(qualities))
-    write_csv(out, allocate(test, fit, predicted, factors, precode_of(params), points))
+    write_csv(out, allocate(test, fit, predicted, load_mix(mix), precode_of(params), points))
 
 
 if __name__ == "__main__":

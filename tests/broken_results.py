@@ -108,7 +108,7 @@ IN_TABLES = [
     (cell(PREDICTED, "sensitivity", ""), f"{PREDICTED}: column 'sensitivity' holds values that are not finite"),
     (gone(MIX), f"{MIX}: No such file"),
     (lacks(MIX, "pool"), f"{MIX}: pool is missing"),
-    (value(MIX, "0.mfip", [1, 2]), f"{MIX}: 0.mfip is [1, 2]: ... 5 finite"),
+    (value(MIX, "0.mfip", NAN), f"{MIX}: 0.mfip is nan"),
     (cell(f"{LOSSES}/q1.csv", "drop", ""), f"{LOSSES}: an image of split 'test' has a drop and no `clean`, or none"),
     (gone(FITTED), f"{FITTED}: No such file"),
     (text(FITTED, "{"), f"{FITTED}: not valid JSON"),

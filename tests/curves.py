@@ -46,4 +46,4 @@ def importance():
 @pytest.fixture(scope="module")
 def mix():
     """As of `fit_mix`: what is made of pseudo-losses and of those by MFIP."""
-    return np.random.default_rng(4).uniform(0.2, 0.8, (5, 2 * K + 1, 2))
+    return np.random.default_rng(4).uniform(0.2, 0.8, (5, 2))

@@ -87,8 +87,8 @@ def senses(fit, test) -> Senses:
 
 
 @pytest.fixture(scope="module")
-def mix(fit) -> np.ndarray:
-    return np.random.default_rng(8).uniform(0.2, 1, (5, fit.pseudo_loss.shape[2], 2))
+def mix() -> np.ndarray:
+    return np.random.default_rng(8).uniform(0.2, 1, (5, 2))
 
 
 @pytest.fixture(scope="module")

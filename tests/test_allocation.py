@@ -135,7 +135,7 @@ def test_what_the_sender_loses_by_its_own_detections_reaches_the_two_that_mix_it
 
 def test_a_sender_that_takes_its_own_losses_for_true_ones_and_is_right_is_the_oracle(evaluated, fit, importance):
     losses = np.concatenate([evaluated.loss, evaluated.loss_skipped], 2)
-    trusting = np.tile([1.0, 0.0], (*losses.shape[1:], 1))
+    trusting = np.tile([1.0, 0.0], (5, 1))
     table = allocate(evaluated._replace(pseudo_loss=losses), fit, importance, trusting, PRECODE, 6)
     for end in ("", "_skip"):
         found, best = (rows_of(table, f"{name}{end}").drop(columns="method") for name in ("mfiba_pseudo", "oracle"))
@@ -194,8 +194,7 @@ def test_the_stages_turn_tables_into_a_table(tmp_path, monkeypatch):
         )
     write_csv(Path("uncoded.csv"), head.assign(task="detection", loss_skipped=0.5, pseudo_loss_skipped=0.7))
     write_csv(Path("mfip.csv"), head.assign(weight=0.2, sensitivity=1.0))
-    k = len(yaml.safe_load(params)["lambdas"])
-    save_mix(Path("mix.json"), np.full((5, 2 * k + 1, 2), 0.5))
+    save_mix(Path("mix.json"), np.full((5, 2), 0.5))
     measured = Path("coded"), Path("losses"), Path("uncoded.csv")
     fit_loss_rate.main(*measured, "detection", Path("fit.json"))
     models = Path("fit.json"), Path("mfip.csv"), Path("mix.json")

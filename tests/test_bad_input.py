@@ -121,7 +121,7 @@ def write_tables() -> None:
         lost = {name: values / q for name, values in drawn.items()}
         write_csv(Path(f"{LOSSES}/q{q}.csv"), rows.assign(task="detection", clean=0.5, **lost))
     write_csv(Path(UNCODED), rows.assign(task="detection", clean=0.5, loss_skipped=2.0, pseudo_loss_skipped=2.0))
-    pseudo.save_mix(Path(MIX), np.full((len(SCALES), 5, 2), 0.5))
+    pseudo.save_mix(Path(MIX), np.full((len(SCALES), 2), 0.5))
     write_csv(Path(PREDICTED), rows.assign(weight=0.2, sensitivity=1.0))
     errors = {"kl": 0.1, "mae": 0.1}
     sensitivity = {scale: {"r2": None} for scale in SCALES}

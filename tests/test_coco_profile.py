@@ -21,6 +21,7 @@ PARAMS = yaml.safe_load((ROOT / "profiles/coco/params.yaml").read_text())
 STAGES = yaml.safe_load((ROOT / "profiles/coco/dvc.yaml").read_text())["stages"]
 PAIRS = [(model, codec) for model in PARAMS["models"] for codec in PARAMS["codecs"]]
 METHODS = {"none", "uniform", "static", "upstream_predicted", "mfiba_closed_form", "mfiba", "static_skip", "mfiba_skip"}
+METHODS |= {"mfiba_pseudo", "mfiba_pseudo_skip"}
 METHODS |= {"upstream_measured", "oracle", "oracle_skip"}  # they need the labels
 CELLS = {(cell["task"], cell["codec"]) for cell in PARAMS["cells"].values()}
 SPLITS = {  # of upright and of wide images, with crowds, with and without persons

@@ -307,7 +307,7 @@ def test_stage_writes_out_of_fold_predictions_of_fit_and_predictions_of_test(pro
     of_images = expected.sensitivity[np.argsort(expected.image_ids)]
     mean = np.concatenate([mean_loss(loss), mean_loss(skipped)], 1)
     both = np.concatenate([loss, skipped], 2)
-    mix = load_mix(out.with_name("keypoints_mix.json"), loss.shape[2])
+    mix = load_mix(out.with_name("keypoints_mix.json"))
     assert mix == approx(fit_mix(PSEUDO * both + 1, losses_by_mfip(of_images, mean), both), abs=1e-5)
 
     test_ids = np.array([i for ids, _ in test_batches for i in ids])

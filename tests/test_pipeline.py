@@ -23,6 +23,7 @@ CONTRACT = {
 }
 TASKS = {"detection", "segmentation", "keypoints"}
 METHODS = {"none", "uniform", "static", "upstream_predicted", "mfiba_closed_form", "mfiba", "static_skip", "mfiba_skip"}
+METHODS |= {"mfiba_pseudo", "mfiba_pseudo_skip"}
 METHODS |= {"upstream_measured", "oracle", "oracle_skip"}  # they need the labels
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from stages.lib.files import read_json, write_json
-from stages.lib.loss_rate import FOLDS
 from stages.lib.params import SCALES
-from stages.lib.schema import Having, numbers
+from stages.lib.schema import NUMBER, Having
 
 GUESSES = ("pseudo", "mfip")
 
@@ -24,45 +23,27 @@ def losses_by_mfip(sensitivity: np.ndarray, mean: np.ndarray) -> np.ndarray:
 
 
 def expected_losses(factors: np.ndarray, pseudo: np.ndarray, by_mfip: np.ndarray) -> np.ndarray:
-    """Factors [5, Q, 2] of both guesses [n, 5, Q] -> their mix [n, 5, Q]."""
-    return factors[:, :, 0] * pseudo + factors[:, :, 1] * by_mfip
+    """Factors [5, 2] of both guesses [n, 5, Q] -> their mix [n, 5, Q]."""
+    return factors[:, :1] * pseudo + factors[:, 1:] * by_mfip
 
 
 def fit_mix(pseudo: np.ndarray, by_mfip: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Pseudo-losses, losses by MFIP (of its predictions out of fold) and losses of fit -> factors [5, Q, 2] of the two.
+    """Pseudo-losses, losses by MFIP (of its predictions out of fold) and losses of fit -> factors [5, 2] of the two.
 
-    Each choice of each scale has the least-squares factors over the images. A scale for which, by 5-fold
-    cross-validation (fold = index mod 5), MFIP alone is at least as near keeps that: factors 0 and 1.
+    Least squares over the images and choices of each scale. One pair for a scale: a pair for each of its choices is
+    nearer to the losses of other images, but chooses worse for them (5-fold cross-validation on fit).
     """
-    factors = np.tile([0.0, 1.0], (*loss.shape[1:], 1))
-    fold = np.arange(len(loss)) % FOLDS
-    for s in range(len(SCALES)):
-        guesses = np.stack([pseudo[:, s], by_mfip[:, s]], 2)  # [n, Q, 2]
-        held_out = np.empty_like(loss[:, s])
-        for k in np.unique(fold):
-            held_out[fold == k] = _mixed(_factors(guesses[fold != k], loss[fold != k, s]), guesses[fold == k])
-        if ((held_out - loss[:, s]) ** 2).sum() < ((by_mfip[:, s] - loss[:, s]) ** 2).sum():
-            factors[s] = _factors(guesses, loss[:, s])
-    return factors
+    guesses = np.stack([pseudo, by_mfip], 3)  # [n, 5, Q, 2]
+    of_scales = ((guesses[:, s].reshape(-1, len(GUESSES)), loss[:, s].ravel()) for s in range(len(SCALES)))
+    return np.stack([np.linalg.lstsq(known, wanted, rcond=None)[0] for known, wanted in of_scales])
 
 
 def save_mix(path: Path, factors: np.ndarray) -> None:
-    parts = {scale: dict(zip(GUESSES, of.T.tolist(), strict=True)) for scale, of in zip(SCALES, factors, strict=True)}
-    write_json(path, parts)
+    of_scales = (dict(zip(GUESSES, of_scale, strict=True)) for of_scale in factors.tolist())
+    write_json(path, dict(zip(SCALES, of_scales, strict=True)))
 
 
-def load_mix(path: Path, k: int) -> np.ndarray:
-    """What `save_mix` wrote for k qualities; raises InputError that names the file where it is another's."""
-    of_scale = Having(dict.fromkeys(GUESSES, numbers(2 * k + 1)))
-    found = read_json(path, Having(dict.fromkeys(SCALES, of_scale)))
-    return np.stack([np.array([found[scale][guess] for guess in GUESSES], float).T for scale in SCALES])
-
-
-def _factors(guesses: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Guesses [n, Q, 2], losses [n, Q] -> least-squares factors [Q, 2]."""
-    return np.stack([np.linalg.lstsq(guesses[:, q], loss[:, q], rcond=None)[0] for q in range(loss.shape[1])])
-
-
-def _mixed(factors: np.ndarray, guesses: np.ndarray) -> np.ndarray:
-    """[Q, 2], [n, Q, 2] -> [n, Q]."""
-    return (guesses * factors).sum(2)
+def load_mix(path: Path) -> np.ndarray:
+    """What `save_mix` wrote; raises InputError that names the file where it is another's."""
+    found = read_json(path, Having(dict.fromkeys(SCALES, Having(dict.fromkeys(GUESSES, NUMBER)))))
+    return np.array([[found[scale][guess] for guess in GUESSES] for scale in SCALES], float)
