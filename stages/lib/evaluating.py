@@ -142,9 +142,11 @@ def write_matches(group: h5py.Group, points: list[Matches]) -> None:
     write_array(group, "image_ids", points[0].image_ids)
     write_array(group, "n_positive", points[0].n_positive)
     write_array(group, "utility", np.stack([point.utility for point in points]))
-    write_array(group, "offsets", np.cumsum([0, *(len(point.image) for point in points)]))
+    offsets = np.cumsum([0, *(len(point.image) for point in points)])
+    write_array(group, "offsets", offsets)
+    rows = max(1, POINTS_PER_READ * int(offsets[-1]) // len(points))  # about what one read takes
     for name in OF_DETECTIONS:
-        write_array(group, name, np.concatenate([getattr(point, name) for point in points]))
+        write_array(group, name, np.concatenate([getattr(point, name) for point in points]), rows)
 
 
 def read_matches(
