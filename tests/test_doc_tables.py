@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from stages.lib.benchmark_tables import CODER_GOAL, CORES_GOAL, LIMIT_GOAL, PLAIN_GOALS, benchmark_tables
-from stages.lib.comparing import LABEL_AWARE
+from stages.lib.comparing import FIXED, LABEL_AWARE
 from stages.lib.tables import bracketed, latex
 from stages.lib.tables import markdown as tables_as_markdown
 
@@ -121,7 +121,7 @@ def direct() -> Rows:
 
 def draws() -> Rows:
     table = [["percent, points", "codec", *DRAWS]]
-    for method, other in (("mfiba", None), ("mfiba_skip", None), ("mfiba", "static"), ("mfiba_skip", "static_skip")):
+    for method, other in [*((hero, None) for hero in FIXED), *FIXED.items()]:
         for codec in read("reports/bd_rate.csv")["codec"].unique():
             table.append([f"`{method}`" + (f" minus `{other}`" if other else ""), codec])
             for reports in DRAWS.values():
