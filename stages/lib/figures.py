@@ -23,7 +23,7 @@ from stages.lib.params import SCALES
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
-BROWN = "#7A4419"  # beside the palette: darker than orange and vermilion, so that they differ in grey, too
+OLIVE = "#8A7A00"  # beside the palette; as far from white as from the dark paper of the page
 WARNING = "#B00000"
 SHADES = ("#CFCFCF", "#8A8A8A", "#2B2B2B")  # of what is small, medium, large
 METHODS = {  # method -> colour, marker; others are grey
@@ -33,8 +33,8 @@ METHODS = {  # method -> colour, marker; others are grey
     "mfiba": (VERMILION, "D"),
     "static_skip": (ORANGE, "P"),
     "mfiba_skip": (BLUE, "P"),
-    "mfiba_pseudo": (BROWN, "D"),
-    "mfiba_pseudo_skip": (BROWN, "P"),
+    "mfiba_pseudo": (OLIVE, "^"),
+    "mfiba_pseudo_skip": (OLIVE, "P"),
     "upstream_measured": (PURPLE, "v"),
     "oracle": (GREEN, "X"),
     "oracle_skip": (GREEN, "P"),
