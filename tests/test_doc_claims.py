@@ -21,7 +21,7 @@ CLAIMS = [  # text with two whole numbers -> table of differences, or of BD-rate
     (r"more with skipping, (\d+) to (\d+) without", "paired", {"method": "mfiba", "other": "static"}),
     (r"`mfiba_pseudo_skip` saves (\d+) to (\d+) %", "bd_rate", {"method": "mfiba_pseudo_skip"}),
     (r"(\d+) to (\d+) points more than `mfiba_skip`", "paired", {"method": "mfiba_pseudo_skip", "other": "mfiba_skip"}),
-    (r"(\d+) to (\d+) points ahead of `static_skip`", "paired", {"method": "mfiba_pseudo_skip", "other": "static_skip"}),
+    (r"(\d+) to\s+(\d+) points ahead of `static_", "paired", {"method": "mfiba_pseudo_skip", "other": "static_skip"}),
     (r"(\d+) to (\d+) ahead of `static`", "paired", {"method": "mfiba_pseudo", "other": "static"}),
 ]
 
