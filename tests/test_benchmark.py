@@ -251,7 +251,9 @@ def test_another_plane_at_the_receiver_raises(elic, monkeypatch):
 
 def test_another_string_the_second_time_raises(elic, monkeypatch):
     right, turns = LearnedCodec.encode, iter(range(100))
-    monkeypatch.setattr(LearnedCodec, "encode", lambda self, x, level: right(self, x, level + next(turns)))
+    monkeypatch.setattr(
+        LearnedCodec, "encode", lambda self, x, level, *rest: right(self, x, level + next(turns), *rest)
+    )
     with pytest.raises(ValueError, match="string is another the second time"):
         measure(elic, {"0": torch.randn(1, CHANNELS, 16, 16)}, 0.01, 1)
 
