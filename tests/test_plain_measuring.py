@@ -41,6 +41,13 @@ def test_both_find_the_same_accuracies_and_losses(case):
     assert (report["images"], report["evaluations"], report["variants"]) == (3, 1 + 10, 6 + 19)
 
 
+def test_some_images_of_a_split_are_measured_as_among_all(case):
+    some, every = ours(case._replace(images=dict(list(case.images.items())[:2]))), ours(case)
+    known = every[every["image_id"].isin(some["image_id"])]
+    assert some["image_id"].nunique() == 2 and len(some) == len(known)
+    assert np.allclose(some["loss"], known["loss"], atol=1e-3)
+
+
 def test_they_have_something_to_find(case, found):
     losses = ours(case)
     assert len(losses) == 2 * 2 * len(SCALES) * 3  # tasks, qualities, scales, images

@@ -12,6 +12,7 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from copy import copy
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -88,13 +89,14 @@ def compare(case: Case, repetitions: int) -> dict[str, Any]:
 
 def ours(case: Case) -> pd.DataFrame:
     """The losses of `measure`, and those of `measure_uncoded` before; decoded features come from memory."""
-    image_ids = list(case.images)
-    fixed = case.detector, case.features
+    image_ids, features = list(case.images), copy(case.features)
+    features.image_ids = image_ids  # a split of these images alone
+    fixed = case.detector, features
     uncoded = uncoded_accuracies(*fixed, case.predictor, case.truth, image_ids)
 
     def decode(image_ids: list[int]) -> list[Pyramid]:
         decoded = [{s: torch.cat([maps[i][s] for i in image_ids]) for s in SCALES} for maps in case.decoded.values()]
-        return [*decoded, {s: maps.to(DEVICE) for s, maps in case.features.pyramids(image_ids).items()}]
+        return [*decoded, {s: maps.to(DEVICE) for s, maps in features.pyramids(image_ids).items()}]
 
     codec: Any = None  # nothing is decoded
     with patch.object(measuring, "decoder", lambda *_: decode):
