@@ -17,7 +17,6 @@ from stages.lib.files import atomic, write_csv
 from stages.lib.loss_rate import importance_labels, mean_loss, read_curves, read_fit, sensitivity_labels, sensitivity_to
 from stages.lib.models import load_model
 from stages.lib.params import load_params, precode_of
-from stages.lib.pseudo import load_mix
 from stages.lib.senses import other_senses
 from stages.lib.shards import map_shards, unfinished
 from stages.lib.sizes import object_areas, size_table
@@ -50,12 +49,11 @@ def main(
 
     drops = ablation.drops(fit)
     labels = sensitivity_labels(fit.loss, fit.loss_skipped), sensitivity_to(mean_loss(drops), drops)
-    mix = load_mix(importance / f"{task}_mix.json")
     senses = other_senses(of_fit, of_test, detector, mfip.load(importance / f"{task}.pt"), *labels)
     truth = ground_truth(load_split(splits, "test"), task)
     paths, described = (splits, weights, features, prediction, codec, coded), params["models"][model_name]
     with unfinished(out, *paths, losses, uncoded, loss_rate, importance, described, task, points) as folder:
-        methods = ablation.variants(fit, test, model, predicted, predicted_of_fit, mix, senses, precode, seed)
+        methods = ablation.variants(fit, test, model, predicted, predicted_of_fit, senses, precode, seed)
         choices = choices_of(allocation_table(methods, test, points))
         load = partial(load_evaluator, *paths, described, qualities, {task: choices})
         found = map_shards(load, shards_of({"test": of_test.image_ids}), folder, "ablate")

@@ -7,18 +7,15 @@ from stages.lib.command import entry
 from stages.lib.files import write_csv
 from stages.lib.loss_rate import read_curves, read_fit
 from stages.lib.params import load_params, precode_of
-from stages.lib.pseudo import load_mix
 
 
-def main(
-    coded: Path, losses: Path, uncoded: Path, loss_rate: Path, importance: Path, mix: Path, task: str, out: Path
-) -> None:
+def main(coded: Path, losses: Path, uncoded: Path, loss_rate: Path, importance: Path, task: str, out: Path) -> None:
     params = load_params()
     qualities = list(params["lambdas"])
     test = read_curves(coded, losses, uncoded, qualities, task, "test")
     predicted = read_importance(importance, "test", test.image_ids)
     fit, points = read_fit(loss_rate, len(qualities)), params["tasks"][task]["points"]
-    write_csv(out, allocate(test, fit, predicted, load_mix(mix), precode_of(params), points))
+    write_csv(out, allocate(test, fit, predicted, precode_of(params), points))
 
 
 if __name__ == "__main__":

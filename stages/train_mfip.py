@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stages.lib import mfip, pseudo
+from stages.lib import mfip
 from stages.lib.command import entry
 from stages.lib.features import Features
 from stages.lib.files import atomic, write_csv, write_json
-from stages.lib.loss_rate import importance_labels, mean_loss, read_curves, sensitivity_labels
+from stages.lib.loss_rate import importance_labels, read_curves, sensitivity_labels
 from stages.lib.models import load_model
 from stages.lib.params import SCALES, load_params, tasks_of
 
@@ -19,8 +19,6 @@ def main(
     features: Path, weights: Path, coded: Path, losses: Path, uncoded: Path, model: str, codec_name: str, out: Path
 ) -> None:
     """Features, detector, folders of <q>.csv -> <task>.pt (network), .json (errors) and .csv (predictions) in `out`.
-
-    And <task>_mix.json: how a sender that knows its pseudo-losses mixes them with what MFIP says (`pseudo`).
 
     What is predicted of `fit` images with ground truth is out of fold: without their own labels, so it is as good, or
     bad, as that of `test`. No label of `test` is read.
@@ -44,10 +42,6 @@ def main(
                 for image_ids, statistics in test:
                     predicted = (found.numpy() for found in trained.model(torch.from_numpy(statistics)))
                     tables.append(_table("test", image_ids, *predicted))
-            mean = np.concatenate([mean_loss(curves.loss), mean_loss(curves.loss_skipped)], 1)
-            by_mfip = pseudo.losses_by_mfip(trained.sensitivity, mean)
-            lost = np.concatenate([curves.loss, curves.loss_skipped], 2)
-            pseudo.save_mix(scratch / f"{task}_mix.json", pseudo.fit_mix(curves.pseudo_loss, by_mfip, lost))
             mfip.save(scratch / f"{task}.pt", trained.model)
             write_csv(scratch / f"{task}.csv", pd.concat(tables).sort_values(["split", "image_id", "scale"]))
             write_json(scratch / f"{task}.json", trained.report)

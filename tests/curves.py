@@ -41,9 +41,3 @@ def fit():
 def importance():
     rng = np.random.default_rng(3)
     return Importance(rng.dirichlet(np.ones(5), N), rng.uniform(0.05, 3, (N, 5)))
-
-
-@pytest.fixture(scope="module")
-def mix():
-    """As of `fit_mix`: what is made of pseudo-losses and of those by MFIP."""
-    return np.random.default_rng(4).uniform(0.2, 0.8, (5, 2))

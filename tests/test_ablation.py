@@ -87,13 +87,8 @@ def senses(fit, test) -> Senses:
 
 
 @pytest.fixture(scope="module")
-def mix() -> np.ndarray:
-    return np.random.default_rng(8).uniform(0.2, 1, (5, 2))
-
-
-@pytest.fixture(scope="module")
-def methods(fit, test, model, importance, of_fit, mix, senses) -> dict:
-    return variants(fit, test, model, importance, of_fit, mix, senses, PRECODE, SEED)
+def methods(fit, test, model, importance, of_fit, senses) -> dict:
+    return variants(fit, test, model, importance, of_fit, senses, PRECODE, SEED)
 
 
 def chosen(choose) -> np.ndarray:
@@ -108,8 +103,8 @@ def test_every_row_has_a_method_once(methods):
     assert set(described.loc[described["sees_labels"], "method"]) == SEES_LABELS < set(names)
 
 
-def test_the_main_methods_are_those_of_allocate(methods, test, model, importance, mix):
-    main = allocate(test, model, importance, mix, PRECODE, 6)
+def test_the_main_methods_are_those_of_allocate(methods, test, model, importance):
+    main = allocate(test, model, importance, PRECODE, 6)
     names = list(dict.fromkeys(main["method"]))[1:]
     table = allocation_table({name: methods[name] for name in names}, test, 6)
     assert set(names) <= set(methods)
@@ -118,19 +113,19 @@ def test_the_main_methods_are_those_of_allocate(methods, test, model, importance
         pd.testing.assert_frame_equal(wanted, found)
 
 
-def test_labels_of_test_reach_only_those_that_say_so(fit, test, model, importance, of_fit, mix, senses, methods):
+def test_labels_of_test_reach_only_those_that_say_so(fit, test, model, importance, of_fit, senses, methods):
     strangers = make_curves(9)  # not the same ones in another order: that would leave their means
     names = ("drop", "loss", "loss_skipped", "clean")
     relabelled = test._replace(**{name: getattr(strangers, name) for name in names})
-    others = variants(fit, relabelled, model, importance, of_fit, mix, senses, PRECODE, SEED)
+    others = variants(fit, relabelled, model, importance, of_fit, senses, PRECODE, SEED)
     changed = {name for name in methods if not np.array_equal(chosen(methods[name]), chosen(others[name]))}
     assert changed == SEES_LABELS
 
 
-def test_real_bits_and_a_perfect_predictor_are_a_direct_argmin(fit, test, model, of_fit, mix, senses):
+def test_real_bits_and_a_perfect_predictor_are_a_direct_argmin(fit, test, model, of_fit, senses):
     mean = mean_loss(fit.loss)
     k = ablation.measured(test, model)
-    known = variants(fit, test, model, Importance(np.full(k.shape, 0.2), k), of_fit, mix, senses, PRECODE, SEED)
+    known = variants(fit, test, model, Importance(np.full(k.shape, 0.2), k), of_fit, senses, PRECODE, SEED)
     for price in PRICES:
         direct = (k[:, :, None] * mean + price * test.bits).argmin(2)
         assert np.array_equal(known["bits_real"](price), direct)
@@ -145,9 +140,9 @@ def test_real_bits_and_a_perfect_predictor_are_a_direct_argmin(fit, test, model,
     assert np.array_equal(chosen(known["mfiba_skip"]), chosen(known["measured_skip"]))
 
 
-def test_without_precoding_all_images_of_one_sensitivity_get_one_vector(fit, test, model, of_fit, mix, senses, methods):
+def test_without_precoding_all_images_of_one_sensitivity_get_one_vector(fit, test, model, of_fit, senses, methods):
     alike = Importance(np.full(test.pixels.shape, 0.2), np.ones(test.pixels.shape))
-    known = variants(fit, test, model, alike, of_fit, mix, senses, PRECODE, SEED)
+    known = variants(fit, test, model, alike, of_fit, senses, PRECODE, SEED)
     phi = chosen(known["bits_mean"])
     assert (phi == phi[:, :1]).all() and np.array_equal(phi, chosen(known["static_smooth"]))
     assert np.array_equal(chosen(known["mfiba"]), chosen(methods["sensitivity_one"]))
@@ -157,25 +152,25 @@ def test_without_precoding_all_images_of_one_sensitivity_get_one_vector(fit, tes
 
 
 def test_means_of_fit_are_a_fixed_sensitivity_and_weights_and_shares_of_mean_1(
-    fit, test, model, of_fit, mix, senses, methods
+    fit, test, model, of_fit, senses, methods
 ):
     fixed = of_fit._replace(sensitivity=np.broadcast_to([1.5, 0.5, 0.2, 2.0, 1.0], fit.pixels.shape))
     shares = Importance(np.full(test.pixels.shape, 0.2), np.broadcast_to(fixed.sensitivity[0], test.pixels.shape))
-    known = variants(fit, test, model, shares, fixed, mix, senses, PRECODE, SEED)
+    known = variants(fit, test, model, shares, fixed, senses, PRECODE, SEED)
     assert np.array_equal(chosen(known["sensitivity_mean"]), chosen(known["mfiba"]))
     even = variants(
-        fit, test, model, shares, fixed._replace(weights=np.full(fit.pixels.shape, 0.2)), mix, senses, PRECODE, 1
+        fit, test, model, shares, fixed._replace(weights=np.full(fit.pixels.shape, 0.2)), senses, PRECODE, 1
     )
     assert np.array_equal(chosen(even["sensitivity_weight"]), chosen(methods["sensitivity_one"]))
     assert np.array_equal(chosen(even["sensitivity_share"]), chosen(methods["sensitivity_one"]))
 
 
 def test_a_share_keeps_the_scales_of_an_image_and_forgets_how_much_it_loses(
-    fit, test, model, importance, of_fit, mix, senses, methods
+    fit, test, model, importance, of_fit, senses, methods
 ):
     times = np.random.default_rng(0).uniform(0.5, 2, (len(test.image_ids), 1))
     louder = importance._replace(sensitivity=importance.sensitivity * times)
-    known = variants(fit, test, model, louder, of_fit, mix, senses, PRECODE, SEED)
+    known = variants(fit, test, model, louder, of_fit, senses, PRECODE, SEED)
     assert np.array_equal(chosen(known["sensitivity_share"]), chosen(methods["sensitivity_share"]))
     assert not np.array_equal(chosen(known["mfiba"]), chosen(methods["mfiba"]))
 
@@ -185,10 +180,8 @@ def test_every_other_sensitivity_changes_the_choice(methods):
     assert len(set(found.values())) == len(found)
 
 
-def test_random_variants_follow_the_seed(fit, test, model, importance, of_fit, mix, senses, methods):
-    again, other = (
-        variants(fit, test, model, importance, of_fit, mix, senses, PRECODE, seed) for seed in (SEED, SEED + 1)
-    )
+def test_random_variants_follow_the_seed(fit, test, model, importance, of_fit, senses, methods):
+    again, other = (variants(fit, test, model, importance, of_fit, senses, PRECODE, seed) for seed in (SEED, SEED + 1))
     different = {n for n in methods if not np.array_equal(chosen(methods[n]), chosen(other[n]))}
     assert different == {"closed_form_random", "sensitivity_permuted"}
     assert all(np.array_equal(chosen(methods[n]), chosen(again[n])) for n in methods)
@@ -283,10 +276,10 @@ def test_calibration_asks_no_image_without_label_for_a_drop(fit, of_fit, model):
     assert np.array_equal(found, wanted) and np.isfinite(found).all()
 
 
-def test_calibration_sees_no_label_of_test(fit, test, model, importance, of_fit, mix, senses, methods):
+def test_calibration_sees_no_label_of_test(fit, test, model, importance, of_fit, senses, methods):
     order = np.roll(np.arange(len(test.bits)), 1)
     permuted = test._replace(drop=test.drop[order], clean=test.clean[order])
-    again = variants(fit, permuted, model, importance, of_fit, mix, senses, PRECODE, SEED)
+    again = variants(fit, permuted, model, importance, of_fit, senses, PRECODE, SEED)
     found, same = (chosen(names["upstream_calibrated"]) for names in (methods, again))
     assert np.array_equal(found, same)
     weights = ablation.calibrate(fit, of_fit.weights, model)[ablation.weight_bins(importance.weights)]

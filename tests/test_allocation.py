@@ -18,10 +18,9 @@ from stages.lib.allocation import allocate, operating_points, rate_targets, targ
 from stages.lib.files import read_csv, write_csv, write_json
 from stages.lib.loss_rate import read_fit
 from stages.lib.params import SCALES, SKIPPED
-from stages.lib.pseudo import save_mix
 from stages.lib.schema import InputError
 
-evaluated, fit, importance, mix = curves.evaluated, curves.fit, curves.importance, curves.mix  # fixtures
+evaluated, fit, importance = curves.evaluated, curves.fit, curves.importance  # fixtures
 METHODS = [
     *("uniform", "static", "upstream_predicted", "mfiba_closed_form", "mfiba", "static_skip", "mfiba_skip"),
     *("mfiba_pseudo", "mfiba_pseudo_skip", "upstream_measured", "oracle", "oracle_skip"),
@@ -69,8 +68,8 @@ def test_a_method_that_saturates_gives_its_nearest_end_once(evaluated):
 
 
 @pytest.fixture(scope="module")
-def table(evaluated, fit, importance, mix):
-    return allocate(evaluated, fit, importance, mix, PRECODE, 6)
+def table(evaluated, fit, importance):
+    return allocate(evaluated, fit, importance, PRECODE, 6)
 
 
 def test_every_method_gives_every_image_and_scale_a_precoded_quality(table, evaluated):
@@ -107,10 +106,10 @@ def changed(table, other):
     return [m for m in METHODS if not rows_of(table, m).equals(rows_of(other, m))]
 
 
-def test_only_label_aware_methods_see_what_test_loses(evaluated, fit, importance, mix, table):
+def test_only_label_aware_methods_see_what_test_loses(evaluated, fit, importance, table):
     order = np.random.default_rng(0).permutation(N)
     measured = {name: getattr(evaluated, name)[order] for name in ("drop", "loss", "loss_skipped", "clean")}
-    other = allocate(evaluated._replace(**measured), fit, importance, mix, PRECODE, 6)
+    other = allocate(evaluated._replace(**measured), fit, importance, PRECODE, 6)
     assert changed(table, other) == ["upstream_measured", "oracle", "oracle_skip"]
 
 
@@ -118,25 +117,22 @@ def test_only_label_aware_methods_see_what_test_loses(evaluated, fit, importance
     "what, methods",
     [
         ("weights", ["upstream_predicted", "mfiba_closed_form"]),
-        ("sensitivity", ["mfiba", "mfiba_skip", "mfiba_pseudo", "mfiba_pseudo_skip"]),
+        ("sensitivity", ["mfiba", "mfiba_skip"]),
     ],
 )
-def test_predictions_reach_only_the_methods_that_predict(what, methods, evaluated, fit, importance, mix, table):
+def test_predictions_reach_only_the_methods_that_predict(what, methods, evaluated, fit, importance, table):
     other = importance._replace(**{what: getattr(importance, what)[::-1]})
-    assert changed(table, allocate(evaluated, fit, other, mix, PRECODE, 6)) == methods
+    assert changed(table, allocate(evaluated, fit, other, PRECODE, 6)) == methods
 
 
-def test_what_the_sender_loses_by_its_own_detections_reaches_the_two_that_mix_it(
-    evaluated, fit, importance, mix, table
-):
+def test_what_the_sender_loses_by_its_own_detections_reaches_two_methods(evaluated, fit, importance, table):
     other = evaluated._replace(pseudo_loss=evaluated.pseudo_loss[::-1])
-    assert changed(table, allocate(other, fit, importance, mix, PRECODE, 6)) == ["mfiba_pseudo", "mfiba_pseudo_skip"]
+    assert changed(table, allocate(other, fit, importance, PRECODE, 6)) == ["mfiba_pseudo", "mfiba_pseudo_skip"]
 
 
 def test_a_sender_that_takes_its_own_losses_for_true_ones_and_is_right_is_the_oracle(evaluated, fit, importance):
-    losses = np.concatenate([evaluated.loss, evaluated.loss_skipped], 2)
-    trusting = np.tile([1.0, 0.0], (5, 1))
-    table = allocate(evaluated._replace(pseudo_loss=losses), fit, importance, trusting, PRECODE, 6)
+    half = fit | {"pseudo": {scale: {"factor": 2.0} for scale in SCALES}}
+    table = allocate(evaluated._replace(pseudo_loss=evaluated.every_loss / 2), half, importance, PRECODE, 6)
     for end in ("", "_skip"):
         found, best = (rows_of(table, f"{name}{end}").drop(columns="method") for name in ("mfiba_pseudo", "oracle"))
         pd.testing.assert_frame_equal(found, best)
@@ -194,10 +190,9 @@ def test_the_stages_turn_tables_into_a_table(tmp_path, monkeypatch):
         )
     write_csv(Path("uncoded.csv"), head.assign(task="detection", loss_skipped=0.5, pseudo_loss_skipped=0.7))
     write_csv(Path("mfip.csv"), head.assign(weight=0.2, sensitivity=1.0))
-    save_mix(Path("mix.json"), np.full((5, 2), 0.5))
     measured = Path("coded"), Path("losses"), Path("uncoded.csv")
     fit_loss_rate.main(*measured, "detection", Path("fit.json"))
-    models = Path("fit.json"), Path("mfip.csv"), Path("mix.json")
+    models = Path("fit.json"), Path("mfip.csv")
     allocate_stage.main(*measured, *models, "detection", Path("allocations.csv"))
     table = read_csv(Path("allocations.csv"))
     assert list(dict.fromkeys(table["method"])) == METHODS and set(table["scale"]) == set(SCALES)

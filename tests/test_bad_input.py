@@ -25,7 +25,6 @@ from broken import (
     LOSS_CURVE,
     LOSSES,
     MFIP_ERRORS,
-    MIX,
     MODEL,
     POINTS,
     PREDICTED,
@@ -54,7 +53,7 @@ from broken_results import IN_BITSTREAMS, IN_CODED, IN_FEATURES, IN_REPORTS, IN_
 from conftest import write_folder
 from PIL import Image
 
-from stages.lib import mfip, prediction, pseudo, results
+from stages.lib import mfip, prediction, results
 from stages.lib.coding import FeatureCodec, build_codec, save_codec
 from stages.lib.command import check_output
 from stages.lib.files import read_csv, write_csv, write_json
@@ -71,7 +70,7 @@ EXTRACT = f"extract {SPLITS} {MODEL} small data/new"
 COMPRESS = f"compress {FEATURES} {CODEC} q1 data/new data/new.csv"
 MEASURE = f"measure {SPLITS} {MODEL} {FEATURES} {PREDICTION} {REAL}/uncoded.csv {CODEC} {REAL} small data/new"
 FIT = f"fit_loss_rate {CODED} {LOSSES} {UNCODED} detection data/new.json"
-ALLOCATE = f"allocate {CODED} {LOSSES} {UNCODED} {FITTED} {PREDICTED} {MIX} detection data/new.csv"
+ALLOCATE = f"allocate {CODED} {LOSSES} {UNCODED} {FITTED} {PREDICTED} detection data/new.csv"
 REPORT = "report data reports"
 ENCODE = "encode image.png -o new.mfb --cell detection-elic"
 DECODE = "decode image.mfb -o new.json --cell detection-elic"
@@ -121,7 +120,6 @@ def write_tables() -> None:
         lost = {name: values / q for name, values in drawn.items()}
         write_csv(Path(f"{LOSSES}/q{q}.csv"), rows.assign(task="detection", clean=0.5, **lost))
     write_csv(Path(UNCODED), rows.assign(task="detection", clean=0.5, loss_skipped=2.0, pseudo_loss_skipped=2.0))
-    pseudo.save_mix(Path(MIX), np.full((len(SCALES), 2), 0.5))
     write_csv(Path(PREDICTED), rows.assign(weight=0.2, sensitivity=1.0))
     errors = {"kl": 0.1, "mae": 0.1}
     sensitivity = {scale: {"r2": None} for scale in SCALES}
@@ -200,7 +198,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 OPTIONS = [  # command, what the line says
     ("prepare", "usage: python -m stages.prepare out"),
     ("prepare --help", "usage: python -m stages.prepare out"),
-    ("allocate one two", "usage: python -m stages.allocate coded losses uncoded loss_rate importance mix task out"),
+    ("allocate one two", "usage: python -m stages.allocate coded losses uncoded loss_rate importance task out"),
     (TRAIN.replace(" small", " large"), "'large' is not in params.yaml: models; choose from small"),
     (EXTRACT.replace(" small ", " large "), "'large' is not in params.yaml: models; choose from small"),
     ("train_codec f small vvc data/new.pt reports/new", "'vvc' is not in params.yaml: codecs; choose from elic"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from stages.lib.allocation import oracle, with_skipping
+from stages.lib.allocation import least_cost, with_skipping
 from stages.lib.bound import (
     KINDS,
     TUPLES,
@@ -78,7 +78,7 @@ def test_the_additive_loss_is_the_sum_over_the_tree(curves):
 def test_the_additive_loss_is_what_the_allocation_minimises(curves):
     rows = np.arange(N)
     for price in PRICES:
-        for phi in (oracle(curves.loss, curves.bits, price), with_skipping(*curves[2:4], curves.bits, price)):
+        for phi in (least_cost(curves.loss, curves.bits)(price), with_skipping(*curves[2:4], curves.bits, price)):
             cost = cost_of(IDS, np.full(N, price), curves, additive(curves))
             least = cost(phi.astype(int)[:, None])[:, 0]
             others = np.random.default_rng(2).integers(phi.min(), K, (N, 300, 5))
@@ -101,7 +101,7 @@ def test_descent_stays_at_the_additive_optimum_of_additive_losses(curves):
     for price in PRICES:
         cost = cost_of(IDS, np.full(N, price), curves, additive(curves))
         for start, lowest in (
-            (oracle(curves.loss, curves.bits, price), 0),
+            (least_cost(curves.loss, curves.bits)(price), 0),
             (with_skipping(curves.loss, curves.loss_skipped, curves.bits, price), SKIPPED),
         ):
             assert np.array_equal(descend(start.astype(int), np.arange(lowest, K), cost), start)
@@ -144,7 +144,7 @@ def test_choosing_on_additive_losses_is_the_oracle(curves):
     alone = additive(curves._replace(loss=loss, loss_skipped=skipped))
     found = choose_on(alone, IDS[1:4].tolist(), PRICES, curves)
     for p, price in enumerate(PRICES):
-        expected = oracle(curves.loss[1:4], curves.bits[1:4], price)
+        expected = least_cost(curves.loss[1:4], curves.bits[1:4])(price)
         assert np.array_equal([phi[p] for phi in found.values()], expected)
     assert list(found) == IDS[1:4].tolist()
 

@@ -12,10 +12,10 @@ from scipy.optimize import minimize
 from stages.lib import allocation
 from stages.lib.allocation import (
     closed_form,
+    least_cost,
     mfiba,
     mfiba_closed_form,
     mfiba_skip,
-    oracle,
     static,
     upstream,
     with_skipping,
@@ -188,9 +188,9 @@ def test_oracle_takes_the_fewest_bits_of_ties_and_the_lowest_where_nothing_is_to
     loss[0, 2] = [0.1, 0.2, 0.3]  # coding better makes it worse
     bits = np.tile([10.0, 20.0, 30.0], (2, 5, 1))
     bits[0, 3] = [20, 10, 30]  # quality 1 is the cheapest of equals
-    assert oracle(loss, bits, 1e-30).tolist() == [[1, 2, 0, 1, 0], [0] * 5]
-    assert oracle(loss, bits, 1e30).tolist() == [[0, 0, 0, 1, 0], [0] * 5]
-    assert oracle(loss, bits, 0.015).tolist() == [[1, 0, 0, 1, 0], [0] * 5]
+    assert least_cost(loss, bits)(1e-30).tolist() == [[1, 2, 0, 1, 0], [0] * 5]
+    assert least_cost(loss, bits)(1e30).tolist() == [[0, 0, 0, 1, 0], [0] * 5]
+    assert least_cost(loss, bits)(0.015).tolist() == [[1, 0, 0, 1, 0], [0] * 5]
 
 
 def test_upstream_weights_of_a_small_example():
@@ -241,8 +241,8 @@ def test_upstream_against_plain_loops(evaluated, fit):
 
 def test_the_bound_is_that_of_the_smooth_loss(evaluated, fit):
     choose = allocation.label_aware(evaluated, fit)["oracle"]
-    assert (choose(1e-4) == oracle(evaluated.loss, evaluated.bits, 1e-4)).all()
-    assert (choose(1e-4) != oracle(np.nan_to_num(evaluated.drop), evaluated.bits, 1e-4)).any()
+    assert (choose(1e-4) == least_cost(evaluated.loss, evaluated.bits)(1e-4)).all()
+    assert (choose(1e-4) != least_cost(np.nan_to_num(evaluated.drop), evaluated.bits)(1e-4)).any()
 
 
 def test_upstream_at_no_price_takes_the_highest_quality_and_at_any_price_the_lowest(evaluated, fit, importance):

@@ -11,16 +11,14 @@ from stages import train_mfip
 from stages.lib import mfip
 from stages.lib.allocation import read_importance
 from stages.lib.files import read_csv, write_csv
-from stages.lib.loss_rate import importance_labels, mean_loss, sensitivity_labels
+from stages.lib.loss_rate import importance_labels, sensitivity_labels
 from stages.lib.mfip import LEAST_SENSITIVITY, MFIP, OBJECTNESS
 from stages.lib.params import SCALES
-from stages.lib.pseudo import fit_mix, load_mix, losses_by_mfip
 from stages.lib.schema import InputError
 
 C, N = 4, 120
 PARAMS = {"channels": 16, "epochs": 30, "lr": 2e-3, "validation": 0.2}
 SHORT = PARAMS | {"epochs": 3}
-PSEUDO = 0.5  # of the losses, by the detections that stand for labels, and 1 more
 QUICK = PARAMS | {"epochs": 8, "lr": 1e-2}  # enough to learn something
 
 
@@ -269,7 +267,7 @@ def profile(tmp_path, monkeypatch, images):
                 accuracies = {"clean": 0.9, "drop": drop}
                 if n < 4:  # the first four have no ground truth
                     losses, accuracies = dict.fromkeys(losses, 0), dict.fromkeys(accuracies, np.nan)
-                own = {f"pseudo_{name}": PSEUDO * value + 1 for name, value in losses.items()}
+                own = {f"pseudo_{name}": value / 2 for name, value in losses.items()}
                 drops.append(key | accuracies | losses | own)
         write_csv(tmp_path / "losses" / f"{q}.csv", pd.DataFrame(drops))
     write_csv(tmp_path / "uncoded.csv", pd.DataFrame(drops))
@@ -287,7 +285,7 @@ def test_stage_writes_out_of_fold_predictions_of_fit_and_predictions_of_test(pro
     batches, drops = images
     out = run_stage(folder, "mfip")
     assert asked == [("small.pt", "resnet10_fpn"), ("small.h5", "fit"), ("small.h5", "test")]
-    names = ["keypoints.csv", "keypoints.json", "keypoints.pt", "keypoints_mix.json"]
+    names = ["keypoints.csv", "keypoints.json", "keypoints.pt"]
     assert sorted(path.name for path in out.parent.iterdir()) == names
 
     drop = np.repeat(np.array(list(drops.values()))[:, :, None], 2, 2)
@@ -303,12 +301,6 @@ def test_stage_writes_out_of_fold_predictions_of_fit_and_predictions_of_test(pro
     of_fit = read_importance(table, "fit", expected.image_ids)
     assert of_fit.weights == approx(expected.weights, abs=1e-6)
     assert of_fit.sensitivity == approx(expected.sensitivity, abs=1e-6)
-
-    of_images = expected.sensitivity[np.argsort(expected.image_ids)]
-    mean = np.concatenate([mean_loss(loss), mean_loss(skipped)], 1)
-    both = np.concatenate([loss, skipped], 2)
-    mix = load_mix(out.with_name("keypoints_mix.json"))
-    assert mix == approx(fit_mix(PSEUDO * both + 1, losses_by_mfip(of_images, mean), both), abs=1e-5)
 
     test_ids = np.array([i for ids, _ in test_batches for i in ids])
     shown = predicted(mfip.load(out.with_suffix(".pt")), test_batches)
@@ -333,5 +325,4 @@ def test_no_label_of_test_is_read(profile):
                 write_csv(path, pd.concat([rows, nonsense]))
         out = run_stage(folder, f"mfip{garbage}")
         written.append([out.with_suffix(suffix).read_bytes() for suffix in (".csv", ".json", ".pt")])
-        written[-1].append(out.with_name("keypoints_mix.json").read_bytes())
     assert written[0] == written[1]

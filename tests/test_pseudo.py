@@ -3,7 +3,6 @@
 from itertools import product
 
 import coded_shapes
-import numpy as np
 import pytest
 import torch
 from coded_shapes import QUALITIES, clean_pyramids, decoded_pyramids
@@ -11,7 +10,6 @@ from pytest import approx
 
 from stages.lib.measuring import LEAST_SCORE, pseudo_labels, single_scale_losses, truths, uncoded_accuracies
 from stages.lib.params import COARSER, SCALES
-from stages.lib.pseudo import expected_losses, fit_mix, load_mix, losses_by_mfip, save_mix
 
 root, image_ids, features = coded_shapes.root, coded_shapes.image_ids, coded_shapes.features  # fixtures
 predictor, feature_codec = coded_shapes.predictor, coded_shapes.feature_codec
@@ -31,21 +29,19 @@ def test_labels_are_what_is_found_in_uncoded_features_with_its_score(seer, featu
     ids, sizes = features.image_ids, [features.sizes(i) for i in features.image_ids]
     found = {i: seer._detect(pyramid, features.sizes(i)) for i, pyramid in clean_pyramids(features).items()}
     labels = pseudo_labels(list(found.values()), ids, sizes, labels_without_objects(seer, task))
-    chances = [
-        score
+    worths = [
+        approx(score**2)
         for i in ids
         for score, label in zip(found[i]["scores"].tolist(), found[i]["labels"].tolist(), strict=True)
         if score >= LEAST_SCORE and (task == "detection" or label == coded_shapes.PERSON)
     ]
     annotations = labels.coco[task].dataset["annotations"]
-    assert [a["chance"] for a in annotations] == chances and len(chances) > 0
-    assert sum(len(found[i]["scores"]) for i in ids) > len(chances)  # some are left out
+    assert [a["worth"] for a in annotations] == worths and len(worths) > 0
+    assert sum(len(found[i]["scores"]) for i in ids) > len(worths)  # some are left out
 
 
 @pytest.mark.parametrize("task", ["detection", "keypoints"])
-def test_a_choice_loses_what_is_no_longer_found_times_the_chance_that_it_was_there(
-    seer, features, feature_codec, predictor, coded, task
-):
+def test_a_choice_loses_what_is_no_longer_found_times_its_worth(seer, features, feature_codec, predictor, coded, task):
     truth = labels_without_objects(seer, task)
     own = uncoded_accuracies(seer, features, predictor, truth, features.image_ids)
     parts = coded, list(QUALITIES), feature_codec, predictor
@@ -80,45 +76,15 @@ def test_a_choice_loses_what_is_no_longer_found_times_the_chance_that_it_was_the
 
 
 def worth(labels: dict, found: dict) -> float:
-    """sum over pseudo-objects of chance * max over detections of score * (IoU - 0.5) / 0.5."""
+    """sum over pseudo-objects of their score^2 * max over detections of score * (IoU - 0.25) / 0.75."""
     total = 0.0
-    for box, label, chance in zip(labels["boxes"], labels["labels"], labels["scores"].tolist(), strict=True):
-        if chance >= LEAST_SCORE:
+    for box, label, own in zip(labels["boxes"], labels["labels"], labels["scores"].tolist(), strict=True):
+        if own >= LEAST_SCORE:
             best = 0.0
             for other, of_label, score in zip(found["boxes"], found["labels"], found["scores"].tolist(), strict=True):
                 inner = (torch.minimum(box[2:], other[2:]) - torch.maximum(box[:2], other[:2])).clamp(min=0).prod()
                 union = (box[2:] - box[:2]).prod() + (other[2:] - other[:2]).prod() - inner
                 if of_label == label:
-                    best = max(best, score * ((inner / union).item() - 0.5) / 0.5)
-            total += chance * best
+                    best = max(best, score * ((inner / union).item() - 0.25) / 0.75)
+            total += own**2 * best
     return total
-
-
-def test_a_mix_is_the_nearest_to_the_losses_of_each_scale():
-    rng = np.random.default_rng(0)
-    own, by_mfip = rng.uniform(0, 1, (2, 60, 5, 3))
-    factors = rng.uniform(0.2, 2, (5, 2))
-    loss = expected_losses(factors, own, by_mfip)
-    assert loss[7, 2, 1] == approx(factors[2] @ [own[7, 2, 1], by_mfip[7, 2, 1]])
-    assert fit_mix(own, by_mfip, loss) == approx(factors)
-    noisy = loss + rng.normal(0, 0.2, loss.shape)
-    best = fit_mix(own, by_mfip, noisy)
-
-    def error(factors):
-        return ((expected_losses(factors, own, by_mfip) - noisy) ** 2).sum((0, 2))
-
-    for s, guess, step in product(range(5), range(2), (-0.02, 0.02)):
-        other = best.copy()
-        other[s, guess] += step
-        assert error(other)[s] > error(best)[s]
-
-
-def test_losses_by_mfip_are_its_sensitivity_times_the_mean():
-    mean = np.arange(15.0).reshape(5, 3)
-    assert losses_by_mfip(np.full((1, 5), 2.0), mean).tolist() == [(2 * mean).tolist()]
-
-
-def test_a_mix_is_read_as_it_was_written(tmp_path):
-    factors = np.random.default_rng(1).normal(0, 1, (5, 2))
-    save_mix(tmp_path / "mix.json", factors)
-    assert (load_mix(tmp_path / "mix.json") == factors).all()

@@ -15,12 +15,12 @@ from stages.lib.allocation import (
     column,
     label_aware,
     label_free,
+    least_cost,
     mean_bits_per_image,
     mfiba,
     mfiba_closed_form,
     mfiba_skip,
     operating_points,
-    oracle,
     pseudo_labelled,
     rate_targets,
     static,
@@ -75,8 +75,8 @@ ROWS = {  # part of the method -> variant -> what it is
         "oracle_skip": "the same with the image's own losses as measured",
     },
     "pseudo-labels": {
-        "pseudo_alone": "losses against the sender's own uncoded detections, as they are; bits are real here",
-        "mfiba_pseudo": "these and mfiba's losses, in the mix that is best on fit",
+        "pseudo_unscaled": "losses by the sender's own uncoded detections, as they are; bits are real here",
+        "mfiba_pseudo": "the same, those of a scale times one factor, from fit",
         "mfiba_pseudo_skip": "the same, every scale may be skipped",
     },
     "the authors' algorithm": {
@@ -121,12 +121,11 @@ def variants(
     model: dict,
     importance: Importance,
     of_fit: Importance,
-    mix: np.ndarray,
     senses: Senses,
     precode: int,
     seed: int,
 ) -> dict[str, Choose]:
-    """Curves, `fit_scales`, predictions for test and, out of fold, fit, `fit_mix` -> a choice for each of `ROWS`.
+    """Curves, `fit_scales`, predictions for test and, out of fold, fit -> a choice for each of `ROWS`.
 
     The labels of test reach those of SEES_LABELS only.
     """
@@ -138,9 +137,9 @@ def variants(
         | sensitivities(fit, test, model, importance, of_fit, senses, precode, seed)
         | other_bits(fit.bits, test.bits, model, importance.sensitivity, precode)
         | skipping(test, model, importance.sensitivity, precode)
-        | pseudo_labelled(test.bits, test.pseudo_loss, model, importance, mix)
+        | pseudo_labelled(test.bits, test.pseudo_loss, model)
         | {
-            "pseudo_alone": priced(test.pseudo_loss[:, :, : test.bits.shape[2]], test.bits),
+            "pseudo_unscaled": least_cost(test.pseudo_loss[:, :, : test.bits.shape[2]], test.bits),
             "static_smooth": _static_smooth(model, len(test.bits)),
             "upstream_calibrated": upstream_with(calibration[weight_bins(importance.weights)], test, model),
             "upstream_image": upstream_image(test),
@@ -193,7 +192,7 @@ def sensitivities(
     }
     choices = {f"sensitivity_{name}": mfiba(k, precoded, model, precode) for name, k in found.items()}
     ap_loss = senses.learned["ap"][:, :, None] * mean_loss(drops(fit))
-    return choices | {"sensitivity_ap": priced(ap_loss, predicted_bits(precoded, model["rate"], precode))}
+    return choices | {"sensitivity_ap": least_cost(ap_loss, predicted_bits(precoded, model["rate"], precode))}
 
 
 def other_bits(
@@ -205,7 +204,7 @@ def other_bits(
     k = bits.shape[2]
     second = 0 if precode >= k / 2 else k - 1  # the end that is further from the first
     known = {"mean": mean_bits, "two": predicted_from(bits_fit, bits, [precode, second]), "real": bits}
-    return {f"bits_{name}": priced(loss, values) for name, values in known.items()}
+    return {f"bits_{name}": least_cost(loss, values) for name, values in known.items()}
 
 
 def predicted_from(bits_fit: np.ndarray, bits: np.ndarray, known: list[int]) -> np.ndarray:
@@ -302,11 +301,6 @@ def upstream_image(test: Curves) -> Choose:
     return lambda lam: upstream(weights, a, b, test.bpp_plane, lam)
 
 
-def priced(loss: np.ndarray, bits: np.ndarray) -> Choose:
-    """argmin_q loss[q] + lambda' * bits[q] per image and scale; both [n, 5, K], as a sender believes them to be."""
-    return lambda lambda_prime: oracle(loss, bits, lambda_prime)
-
-
 def of_another_image(values: np.ndarray, seed: int) -> np.ndarray:
     """Rows [n, 5] in an order in which none is at its place (n > 1)."""
     order = np.random.default_rng(seed).permutation(len(values))
@@ -329,7 +323,7 @@ def relative(fit: np.ndarray, test: np.ndarray) -> np.ndarray:
 def measured(test: Curves, model: dict) -> np.ndarray:
     """What a perfect MFIP would say, [n, 5]: how many times the mean losses of fit the image loses."""
     mean = np.concatenate([column(model, "mean", name) for name in ("loss", "loss_skipped")], 1)
-    return np.maximum(sensitivity_to(mean, np.concatenate([test.loss, test.loss_skipped], 2)), 0)
+    return np.maximum(sensitivity_to(mean, test.every_loss), 0)
 
 
 def drops(curves: Curves) -> np.ndarray:

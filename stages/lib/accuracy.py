@@ -24,7 +24,7 @@ from stages.lib.schema import InputError
 if TYPE_CHECKING:  # only annotations need torch: resampling must start at once
     from torch import Tensor
 
-CHANCE = "chance"  # of an annotation that may be no object: what its utility counts times; 1 where it is missing
+WORTH = "worth"  # of an annotation that may be no object: what its utility counts times; 1 where it is missing
 LEAST_OVERLAP = 0.5  # of a detection that is worth something: COCO's lowest threshold
 RECALLS = Params("bbox").recThrs  # [101], the same for every task
 CHUNK = 2**17  # numbers in one array [resamples, detections]: 1 MB stays in the cache, whatever the data set
@@ -83,9 +83,16 @@ def match(truth: COCO, found: list[dict[str, Any]], image_ids: list[int], task: 
     return match_variants(truth, [found], image_ids, task)[0]
 
 
-def match_variants(truth: COCO, variants: list[list[dict[str, Any]]], image_ids: list[int], task: str) -> list[Matches]:
+def match_variants(
+    truth: COCO,
+    variants: list[list[dict[str, Any]]],
+    image_ids: list[int],
+    task: str,
+    least_overlap: float = LEAST_OVERLAP,
+) -> list[Matches]:
     """`match` for several sets of detections in the same images; the ground truth is prepared once.
 
+    least_overlap: in [0, 1), of `_utility`; the matching keeps to COCO's.
     COCOeval leaves its ignore flags and run-length codes in the annotations of `truth`; a second call finds the same.
     """
     evaluation = COCOeval(truth, COCO(), TASKS[task])
@@ -108,7 +115,7 @@ def match_variants(truth: COCO, variants: list[list[dict[str, Any]]], image_ids:
             key = repr(evaluation._dts[pair])
             if key not in known:
                 matched = _evaluate(evaluation, pair, sigmas)
-                known[key] = matched, _utility(evaluation, pair, matched["dtScores"])
+                known[key] = matched, _utility(evaluation, pair, matched["dtScores"], least_overlap)
             evaluated.append(known[key][0])
             utility[image_index[pair[0]]] += known[key][1]
         counts = [len(each["dtScores"]) for each in evaluated]
@@ -163,19 +170,19 @@ def _evaluate(evaluation: COCOeval, pair: tuple[int, int], sigmas: dict[int, np.
     return evaluation.evaluateImg(*pair, params.areaRng[0], params.maxDets[-1])
 
 
-def _utility(evaluation: COCOeval, pair: tuple[int, int], scores: list[float]) -> float:
-    """Sum over the objects of one (image id, category id) of the best detection's  score * (overlap - 0.5) / 0.5, times
-    the object's chance to be one, which ground truth has not: 1.
+def _utility(evaluation: COCOeval, pair: tuple[int, int], scores: list[float], least: float) -> float:
+    """Sum over the objects of one (image id, category id) of the best detection's  score * (overlap - least) / (1 -
+    least), times the object's worth, 1 of those of the ground truth.
 
-    Overlap: IoU of boxes or masks, OKS of keypoints, that `_evaluate` has left; below 0.5 nothing is found. Unlike AP
-    it is smooth in scores and overlaps, and an object counts alike in every image, as it does in the AP of a split.
+    Overlap: IoU of boxes or masks, OKS of keypoints, that `_evaluate` has left; below `least` nothing is found. Unlike
+    AP it is smooth in scores and overlaps, and an object counts alike in every image, as it does in the AP of a split.
     """
     overlaps = np.asarray(evaluation.ious[pair]).reshape(len(scores), -1)  # [D, G], by falling score
     objects = evaluation._gts[pair] if overlaps.shape[1] else []
     counted = [not item["ignore"] for item in objects]
-    chances = np.array([item.get(CHANCE, 1.0) for item in objects])[counted]
-    worth = np.clip((overlaps[:, counted] - LEAST_OVERLAP) / (1 - LEAST_OVERLAP), 0, None)
-    return float(((np.array(scores)[:, None] * worth).max(0, initial=0) * chances).sum())
+    worth = np.array([item.get(WORTH, 1.0) for item in objects])[counted]
+    found = np.clip((overlaps[:, counted] - least) / (1 - least), 0, None)
+    return float(((np.array(scores)[:, None] * found).max(0, initial=0) * worth).sum())
 
 
 def _oks_sigmas(truth: COCO, params: Params) -> dict[int, np.ndarray]:

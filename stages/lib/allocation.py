@@ -14,7 +14,6 @@ import pandas as pd
 
 from stages.lib.loss_rate import Curves, importance_labels, predicted_bits, read_table
 from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED
-from stages.lib.pseudo import expected_losses, losses_by_mfip
 from stages.lib.schema import InputError
 
 NOISE_FLOOR = 0.01  # upstream: smaller drops count as none
@@ -49,17 +48,15 @@ def read_importance(file: Path, split: str, image_ids: np.ndarray) -> Importance
     return Importance(*found.values())
 
 
-def allocate(
-    test: Curves, fit: dict, importance: Importance, mix: np.ndarray, precode: int, points: int
-) -> pd.DataFrame:
-    """Curves of test, `fit_scales`, predictions, `fit_mix` -> method, point, lambda_prime, image_id, scale, phi.
+def allocate(test: Curves, fit: dict, importance: Importance, precode: int, points: int) -> pd.DataFrame:
+    """Curves of test, `fit_scales`, predictions -> method, point, lambda_prime, image_id, scale, phi.
 
     `point` counts from 0 in rising bits; `precode` is the quality whose bits a sender knows. The measured drops and
     losses of the evaluated images reach `label_aware` only.
     """
     methods = (
         label_free(test.bits, test.pixels, fit, importance, precode)
-        | pseudo_labelled(test.bits, test.pseudo_loss, fit, importance, mix)
+        | pseudo_labelled(test.bits, test.pseudo_loss, fit)
         | label_aware(test, fit)
     )
     return allocation_table(methods, test, points)
@@ -113,18 +110,15 @@ def label_free(
     }
 
 
-def pseudo_labelled(
-    bits: np.ndarray, pseudo_loss: np.ndarray, fit: dict, importance: Importance, mix: np.ndarray
-) -> dict[str, Choose]:
+def pseudo_labelled(bits: np.ndarray, pseudo_loss: np.ndarray, fit: dict) -> dict[str, Choose]:
     """What a sender can do that decodes its codings and runs the heads: it knows all bits and its pseudo-losses.
 
-    bits [n, 5, K], pseudo_loss [n, 5, 2 K + 1]; mix: of `fit_mix`.
+    bits [n, 5, K], pseudo_loss [n, 5, K + 1 + K], which each scale's factor brings to the size of the true ones.
     """
-    mean = np.concatenate([column(fit, "mean", name) for name in ("loss", "loss_skipped")], 1)
-    expected = expected_losses(mix, pseudo_loss, losses_by_mfip(importance.sensitivity, mean))
+    expected = column(fit, "pseudo", "factor")[:, None] * pseudo_loss
     loss, skipped = np.split(expected, [bits.shape[2]], 2)
     return {
-        "mfiba_pseudo": lambda lambda_prime: _cheapest(loss + lambda_prime * bits, bits),
+        "mfiba_pseudo": least_cost(loss, bits),
         "mfiba_pseudo_skip": lambda lambda_prime: with_skipping(loss, skipped, bits, lambda_prime),
     }
 
@@ -135,7 +129,7 @@ def label_aware(test: Curves, fit: dict) -> dict[str, Choose]:
     a, b = column(fit, "upstream", "a"), column(fit, "upstream", "b")
     return {
         "upstream_measured": lambda lam: upstream(measured, a, b, test.bpp_plane, lam),
-        "oracle": lambda lambda_prime: oracle(test.loss, test.bits, lambda_prime),
+        "oracle": least_cost(test.loss, test.bits),
         "oracle_skip": lambda lambda_prime: with_skipping(test.loss, test.loss_skipped, test.bits, lambda_prime),
     }
 
@@ -201,7 +195,7 @@ def mfiba(sensitivity: np.ndarray, precoded_bits: np.ndarray, fit: dict, precode
     """
     loss = sensitivity[:, :, None] * column(fit, "mean", "loss")
     bits = predicted_bits(precoded_bits, fit["rate"], precode)
-    return lambda lambda_prime: _cheapest(loss + lambda_prime * bits, bits)
+    return least_cost(loss, bits)
 
 
 def mfiba_skip(sensitivity: np.ndarray, precoded_bits: np.ndarray, fit: dict, precode: int) -> Choose:
@@ -260,12 +254,12 @@ def mfiba_closed_form(
     return np.rint(np.clip(phi, 0, k - 1))
 
 
-def oracle(loss: np.ndarray, bits: np.ndarray, lambda_prime: float) -> np.ndarray:
-    """phi = argmin_q loss[q] + lambda' * bits[q] per image and scale, fewest bits of ties.
+def least_cost(loss: np.ndarray, bits: np.ndarray) -> Choose:
+    """phi = argmin_q loss[q] + lambda' * bits[q] per image and scale, fewest bits of ties; [n, 5, K] both.
 
-    Needs the labels: a bound for methods that predict, as far as the losses of the scales add up. [n, 5, K] -> [n, 5].
+    As the sender, or with an image's true losses an oracle, believes them to be, as far as those of the scales add up.
     """
-    return _cheapest(loss + lambda_prime * bits, bits)
+    return lambda lambda_prime: _cheapest(loss + lambda_prime * bits, bits)
 
 
 def rate_targets(bits: np.ndarray, points: int) -> np.ndarray:

@@ -27,7 +27,7 @@ import torch
 from torchvision.models.detection import FasterRCNN
 
 from stages.lib.accuracy import Matches, match_variants, merge
-from stages.lib.allocation import oracle, with_skipping
+from stages.lib.allocation import least_cost, with_skipping
 from stages.lib.coding import FeatureCodec
 from stages.lib.evaluating import (
     Choices,
@@ -243,14 +243,15 @@ def descend_points(
 
 
 def choose_on(loss: Loss, image_ids: list[int], price: np.ndarray, curves: Curves) -> dict[int, np.ndarray]:
-    """`oracle` on this loss of single scales, the others uncoded -> image id -> phi at each price [points, 5]."""
+    """`least_cost` on this loss of single scales, the others uncoded -> image id -> phi at each price [points, 5]."""
     n, _, k = len(image_ids), *curves.bits.shape[1:]
     single = np.full((len(SCALES), k, len(SCALES)), k)
     for s in range(len(SCALES)):
         single[s, :, s] = np.arange(k)
     ids = np.broadcast_to(np.array(image_ids)[:, None, None], (n, len(SCALES), k))
     losses, bits = loss(ids, np.broadcast_to(single, (n, *single.shape))), curves.bits[_rows(curves, image_ids)]
-    phi = np.stack([oracle(losses, bits, p) for p in price], 1).astype(int)  # [n, points, 5]
+    choose = least_cost(losses, bits)
+    phi = np.stack([choose(p) for p in price], 1).astype(int)  # [n, points, 5]
     return dict(zip(image_ids, phi, strict=True))
 
 

@@ -19,7 +19,7 @@ from stages.lib.coding import FeatureCodec, load_codec
 from stages.lib.features import Features, Shard
 from stages.lib.files import create_h5, open_h5, read_csv, write_array
 from stages.lib.heads import Variants, detect_variants
-from stages.lib.measuring import Pyramid, Truths, decoder, ledger_column, read_truths
+from stages.lib.measuring import Pyramid, Truths, decoder, labels_of, ledger_column, read_truths
 from stages.lib.models import load_model
 from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED
 from stages.lib.prediction import NOTHING, Predictor
@@ -218,7 +218,7 @@ def joint_results(
 ) -> dict[str, dict[Variant, list[dict[str, Any]]]]:
     """Pyramids of the images `image_ids` at every quality -> task -> COCO's results of the variants wanted for it."""
     place = {i: row for row, i in enumerate(image_ids)}
-    labels = {i: truth.labels(i) for i in image_ids}
+    labels = {i: labels_of(i, truth) for i in image_ids}
     variants = _assemble(decoded, predictor, [(place[i], phi) for i, phi in wanted])
     asked = [{task: labels[i][task] for task in tasks} for (i, _), tasks in wanted.items()]
     detections = detect_variants(detector, variants, [features.sizes(i) for i, _ in wanted], asked)

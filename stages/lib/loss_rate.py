@@ -42,12 +42,17 @@ class Curves(NamedTuple):
     bits: np.ndarray  # [n, 5, K] whole bits, > 0
     pixels: np.ndarray  # [n, 5] of the plane
     mse: np.ndarray  # [n, 5, K] of the normalised plane
-    pseudo_loss: np.ndarray  # [n, 5, K + 1 + K] `loss`, then `loss_skipped`, by the uncoded detections: no label in it
+    pseudo_loss: np.ndarray  # [n, 5, K + 1 + K] `every_loss` by the uncoded detections: no label in it
 
     @property
     def labelled(self) -> np.ndarray:
         """[n] bool: has ground truth of the task. The others count in rate and accuracy, never in a fit of drops."""
         return np.isfinite(self.clean)
+
+    @property
+    def every_loss(self) -> np.ndarray:
+        """[n, 5, K + 1 + K] `loss`, then `loss_skipped`."""
+        return np.concatenate([self.loss, self.loss_skipped], 2)
 
     @property
     def bpp_plane(self) -> np.ndarray:
@@ -194,7 +199,7 @@ def fit_scales(curves: Curves, precode: int) -> dict:
     upstream: {a, b, r2}, mean plane MSE * 255**2 ~ a * bpp_plane**b over the K qualities (the authors' model).
     rate_phi: {a, b, r2, flags}, bpp_plane ~ a * phi + b over images and qualities.
     mean: {drop: [K], bits: [K], loss: [K], loss_skipped: [1 + K] of `mean_loss`}: drop of the labelled images, the
-    others of all.
+    others of all. pseudo: {factor}, mean loss over mean pseudo-loss, of all images and choices; 1 if one is not > 0.
     rate: {slope: [K], offset: [K], error: [K]} for `predicted_bits` from quality `precode`; error is the mean of
     |predicted / real - 1|, held out. label: {mean, std} of the importance labels. rivals: {model: r2 or None}, see
     `rivals`. n_images, n_labelled. An r2 without variance to explain is None. Whatever is flagged also warns.
@@ -204,7 +209,7 @@ def fit_scales(curves: Curves, precode: int) -> dict:
     drops = curves.drop[curves.labelled]
     bpp_plane = curves.bpp_plane
     out: dict[str, Any] = {"n_images": len(curves.image_ids), "n_labelled": len(labels)}
-    out |= {model: {} for model in ("power", "upstream", "rate_phi", "mean", "label", "rate", "rivals")}
+    out |= {model: {} for model in ("power", "upstream", "rate_phi", "mean", "pseudo", "label", "rate", "rivals")}
     losses, losses_skipped = mean_loss(curves.loss), mean_loss(curves.loss_skipped)
     for s, scale in enumerate(SCALES):
         power = fit_power(weights[:, s], curves.drop[:, s], bpp_plane[:, s])
@@ -217,6 +222,7 @@ def fit_scales(curves: Curves, precode: int) -> dict:
             "loss": losses[s].tolist(),
             "loss_skipped": losses_skipped[s].tolist(),
         }
+        out["pseudo"][scale] = {"factor": _ratio(curves.every_loss[:, s].mean(), curves.pseudo_loss[:, s].mean())}
         out["rate"][scale] = _fit_rate(curves.bits[:, s], precode)
         out["rivals"][scale] = rivals(curves, s)
         out["label"][scale] = {"mean": float(labels[:, s].mean()), "std": float(labels[:, s].std())}
@@ -238,6 +244,7 @@ def read_fit(path: Path, k: int, *models: str) -> dict:
         "upstream": {"a": POSITIVE, "b": NEGATIVE},
         "rate_phi": {"a": NUMBER, "b": NUMBER, "r2": NUMBER_OR_NULL},
         "mean": {"drop": numbers(k), "bits": numbers(k), "loss": numbers(k), "loss_skipped": numbers(1 + k)},
+        "pseudo": {"factor": POSITIVE},
         "rate": {"slope": numbers(k), "offset": numbers(k), "error": numbers(k)},
         "label": {"mean": NUMBER, "std": NUMBER},
         "rivals": dict.fromkeys(RIVALS, NUMBER_OR_NULL),
@@ -267,7 +274,7 @@ def rivals(curves: Curves, s: int) -> dict[str, float | None]:
         "mse": (lambda m, kappa: kappa * m, mse),
     }
     predicted = {name: np.full(loss.shape, np.nan) for name in RIVALS}
-    every = np.concatenate([curves.loss, curves.loss_skipped], 2)[:, s : s + 1]  # [n, 1, K + 1 + K]
+    every = curves.every_loss[:, s : s + 1]
     sensitivity = np.hstack([_sensitivity_without(every, q) for q in range(loss.shape[1])])  # [n, K]
     for k in np.unique(fold):
         train, left = fold != k, fold == k
@@ -360,6 +367,10 @@ def _fit_rate(bits: np.ndarray, precode: int) -> dict[str, list[float]]:
         error[fold == k] = np.exp(offset + np.outer(x[fold == k], slope) - y[fold == k]) - 1
     slope, offset = line(np.full(len(bits), True))
     return {"slope": slope.tolist(), "offset": offset.tolist(), "error": np.abs(error).mean(0).tolist()}
+
+
+def _ratio(loss: float, pseudo_loss: float) -> float:
+    return float(loss / pseudo_loss) if loss > 0 and pseudo_loss > 0 else 1.0
 
 
 def _json_number(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 Twice: against the ground truth, and against pseudo-labels, what the heads find in the uncoded pyramid. These a sender
 has, too: its image tells it the loss of every choice without a label, with the very coding errors of its bitstreams.
+What is assumed of them (LEAST_SCORE, LEAST_LIKENESS, PART_OF_BOX, the square of a score) was chosen on `fit` alone, by
+the bits that decisions made with them take at equal loss.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from stages.lib.accuracy import CHANCE, match_variants, per_image, results
+from stages.lib.accuracy import LEAST_OVERLAP, WORTH, match_variants, per_image, results
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.coding import CodedSplit, FeatureCodec
 from stages.lib.features import Features
@@ -35,6 +37,8 @@ KEY = ["task", "split", "image_id", "scale"]
 UNCODED = [*KEY, "clean", "loss_skipped", "pseudo_loss_skipped"]
 LOSSES = [*KEY, "clean", "coded", "drop", "loss", "loss_skipped", "pseudo_loss", "pseudo_loss_skipped"]
 LEAST_SCORE = 0.1  # of a detection that stands for an object
+LEAST_LIKENESS = 0.25  # overlap with it that is worth something: the object itself lies elsewhere, perhaps nearer
+PART_OF_BOX = 0.5  # that an object fills
 Pyramid = dict[str, Tensor]  # scale -> [N, C, H_s, W_s]
 
 
@@ -44,9 +48,13 @@ class Truths(NamedTuple):
     coco: dict[str, COCO]
     person_ids: set[int]
 
-    def labels(self, image_id: int) -> Asked:
-        """Task -> the labels of the image's objects: of other labels a detection is wrong, whatever its mask."""
-        return {task: {a["category_id"] for a in coco.imgToAnns[image_id]} for task, coco in self.coco.items()}
+
+def labels_of(image_id: int, *known: Truths) -> Asked:
+    """Task -> the labels of the image's objects: of other labels a detection is wrong, whatever its mask."""
+    return {
+        task: {a["category_id"] for labels in known for a in labels.coco[task].imgToAnns[image_id]}
+        for task in known[0].coco
+    }
 
 
 def truths(coco: dict[str, COCO]) -> Truths:
@@ -154,13 +162,7 @@ def measure_variants(
     everything: Asked = dict.fromkeys(truth.coco)
     detections = detect_variants(detector, variants_of(variants[:1]), sizes, [everything] * len(image_ids))
     pseudo = pseudo_labels(detections, image_ids, sizes, truth)
-    asked: list[Asked] = [
-        {
-            task: {a["category_id"] for labels in (truth, pseudo) for a in labels.coco[task].imgToAnns[i]}
-            for task in truth.coco
-        }
-        for i in image_ids
-    ]
+    asked = [labels_of(i, truth, pseudo) for i in image_ids]
     detections += detect_variants(detector, variants_of(variants[1:]), sizes * others, asked * others)
     measured = {}
     for task in truth.coco:
@@ -168,7 +170,10 @@ def measure_variants(
         for k, detection in enumerate(detections):
             v, n = divmod(k, len(image_ids))
             found[v] += results(image_ids[n], detection, task, truth.person_ids)
-        matches, own = (match_variants(labels.coco[task], found, image_ids, task) for labels in (truth, pseudo))
+        matches, own = (
+            match_variants(labels.coco[task], found, image_ids, task, least)
+            for labels, least in ((truth, LEAST_OVERLAP), (pseudo, LEAST_LIKENESS))
+        )
         utilities, own_utilities = (np.stack([m.utility for m in of]) for of in (matches, own))
         accuracy = np.stack([per_image(m) for m in matches])
         measured[task] = Measured(accuracy, utilities[0] - utilities, own_utilities[0] - own_utilities)
@@ -176,10 +181,10 @@ def measure_variants(
 
 
 def pseudo_labels(detections: list[dict[str, Any]], image_ids: list[int], sizes: list[Sizes], truth: Truths) -> Truths:
-    """What is found in uncoded pyramids with a score of LEAST_SCORE or more, as ground truth; the score is its chance.
+    """What is found in uncoded pyramids with a score of LEAST_SCORE or more, as ground truth; it is worth score^2.
 
-    Of `truth` only tasks and categories are read, never an annotation. An object's area, a part of OKS, is that of its
-    box.
+    Of `truth` only tasks and categories are read, never an annotation. An object's area, which OKS asks for, is
+    PART_OF_BOX of its box.
     """
     images = [
         {"id": i, "height": size.original[0], "width": size.original[1]}
@@ -208,9 +213,10 @@ def _objects(image_id: int, detection: dict[str, Any], task: str, person_ids: se
     boxes = [box for box, label in zip(detection["boxes"].tolist(), labels, strict=True) if label in chosen]
     objects = []
     for (x1, y1, x2, y2), item in zip(boxes, results(image_id, detection, task, person_ids), strict=True):
-        if (chance := item.pop("score")) >= LEAST_SCORE:
+        if (score := item.pop("score")) >= LEAST_SCORE:
             size = x2 - x1, y2 - y1
-            item |= {"bbox": [x1, y1, *size], "area": size[0] * size[1], "iscrowd": 0, CHANCE: chance}
+            area = PART_OF_BOX * size[0] * size[1]
+            item |= {"bbox": [x1, y1, *size], "area": area, "iscrowd": 0, WORTH: score**2}
             if task == "keypoints":
                 item["num_keypoints"] = len(item["keypoints"]) // 3
             objects.append(item)
