@@ -14,7 +14,14 @@ from pytest import approx
 from stages import allocate as allocate_stage
 from stages import fit_loss_rate
 from stages.lib import allocation
-from stages.lib.allocation import allocate, operating_points, rate_targets, targets_below
+from stages.lib.allocation import (
+    allocate,
+    label_aware,
+    operating_points,
+    pseudo_labelled,
+    rate_targets,
+    targets_below,
+)
 from stages.lib.files import read_csv, write_csv, write_json
 from stages.lib.loss_rate import read_fit
 from stages.lib.params import SCALES, SKIPPED
@@ -117,7 +124,7 @@ def test_only_label_aware_methods_see_what_test_loses(evaluated, fit, importance
     "what, methods",
     [
         ("weights", ["upstream_predicted", "mfiba_closed_form"]),
-        ("sensitivity", ["mfiba", "mfiba_skip"]),
+        ("sensitivity", ["mfiba", "mfiba_skip", "mfiba_pseudo", "mfiba_pseudo_skip"]),
     ],
 )
 def test_predictions_reach_only_the_methods_that_predict(what, methods, evaluated, fit, importance, table):
@@ -132,10 +139,24 @@ def test_what_the_sender_loses_by_its_own_detections_reaches_two_methods(evaluat
 
 def test_a_sender_that_takes_its_own_losses_for_true_ones_and_is_right_is_the_oracle(evaluated, fit, importance):
     half = fit | {"pseudo": {scale: {"factor": 2.0} for scale in SCALES}}
-    table = allocate(evaluated._replace(pseudo_loss=evaluated.every_loss / 2), half, importance, PRECODE, 6)
-    for end in ("", "_skip"):
-        found, best = (rows_of(table, f"{name}{end}").drop(columns="method") for name in ("mfiba_pseudo", "oracle"))
-        pd.testing.assert_frame_equal(found, best)
+    sender = pseudo_labelled(evaluated.bits, evaluated.every_loss / 2, half, importance, 1.0)
+    best = label_aware(evaluated, fit)
+    for price in (1e-5, 1e-4, 1e-3):
+        for end in ("", "_skip"):
+            assert (sender[f"mfiba_pseudo{end}"](price) == best[f"oracle{end}"](price)).all()
+
+
+def test_a_sender_expects_the_mean_of_what_it_sees_and_what_is_predicted(evaluated, fit, importance):
+    mean = [[*fit["mean"][scale]["loss"], *fit["mean"][scale]["loss_skipped"]] for scale in SCALES]
+    factor = np.array([fit["pseudo"][scale]["factor"] for scale in SCALES])
+    seen = factor[:, None] * evaluated.pseudo_loss
+    expected = 0.7 * seen + 0.3 * importance.sensitivity[:, :, None] * np.array(mean)
+    sender = pseudo_labelled(evaluated.bits, evaluated.pseudo_loss, fit, importance)
+    for price in (1e-5, 1e-4, 1e-3):
+        found = sender["mfiba_pseudo"](price)
+        assert (found == (expected[:, :, :K] + price * evaluated.bits).argmin(2)).all()
+    seeing = pseudo_labelled(evaluated.bits, evaluated.pseudo_loss, fit, importance, 1.0)
+    assert (seeing["mfiba_pseudo"](1e-4) != sender["mfiba_pseudo"](1e-4)).any()
 
 
 def test_a_loss_rate_model_of_other_qualities_is_refused(fit, tmp_path):

@@ -75,9 +75,10 @@ ROWS = {  # part of the method -> variant -> what it is
         "oracle_skip": "the same with the image's own losses as measured",
     },
     "pseudo-labels": {
-        "pseudo_unscaled": "losses by the sender's own uncoded detections, as they are; bits are real here",
-        "mfiba_pseudo": "the same, those of a scale times one factor, from fit",
-        "mfiba_pseudo_skip": "the same, every scale may be skipped",
+        "pseudo_alone": "losses by the sender's own uncoded detections alone; bits are real here",
+        "mfiba_pseudo": "the mean of these (7 parts) and mfiba's losses (3)",
+        "pseudo_alone_skip": "pseudo_alone, every scale may be skipped",
+        "mfiba_pseudo_skip": "mfiba_pseudo, every scale may be skipped",
     },
     "the authors' algorithm": {
         "upstream_predicted": "with MFIP's weights",
@@ -95,7 +96,14 @@ SEES_LABELS = {
     "upstream_image",
 }
 # Compared with mfiba_skip.
-AGAINST_SKIPPING = {"static_skip", "coded_pool_skip", "measured_skip", "oracle_skip", "mfiba_pseudo_skip"}
+AGAINST_SKIPPING = {
+    "static_skip",
+    "coded_pool_skip",
+    "measured_skip",
+    "oracle_skip",
+    "pseudo_alone_skip",
+    "mfiba_pseudo_skip",
+}
 
 
 class Senses(NamedTuple):
@@ -130,6 +138,7 @@ def variants(
     The labels of test reach those of SEES_LABELS only.
     """
     calibration = calibrate(fit, of_fit.weights, model)
+    pseudo = test.bits, test.pseudo_loss, model, importance
     main = label_free(test.bits, test.pixels, model, importance, precode) | label_aware(test, model)
     found = (
         main
@@ -137,9 +146,9 @@ def variants(
         | sensitivities(fit, test, model, importance, of_fit, senses, precode, seed)
         | other_bits(fit.bits, test.bits, model, importance.sensitivity, precode)
         | skipping(test, model, importance.sensitivity, precode)
-        | pseudo_labelled(test.bits, test.pseudo_loss, model)
+        | pseudo_labelled(*pseudo)
         | {
-            "pseudo_unscaled": least_cost(test.pseudo_loss[:, :, : test.bits.shape[2]], test.bits),
+            **{name.replace("mfiba_pseudo", "pseudo_alone"): c for name, c in pseudo_labelled(*pseudo, 1.0).items()},
             "static_smooth": _static_smooth(model, len(test.bits)),
             "upstream_calibrated": upstream_with(calibration[weight_bins(importance.weights)], test, model),
             "upstream_image": upstream_image(test),

@@ -20,6 +20,7 @@ NOISE_FLOOR = 0.01  # upstream: smaller drops count as none
 LEAST_WEIGHT = 1e-8  # upstream
 LAMBDA_DIVISOR = np.array([1, 4, 16, 60, 60])  # upstream, scales 0, 1, 2, 3, pool
 LOG10_LAMBDA_PRIME = np.arange(-30, 31)  # the methods' lambda' differ by many orders; the ends are found within
+PSEUDO_SHARE = 0.7  # of what a sender believes it loses: by its own detections; the rest is what MFIP says
 MORE_POINTS = 4  # of a method that may skip, below those of the others
 BISECTIONS = 50  # of the bracket of lambda'; each halves it
 SAME_BITS = 1e-9  # relative: means over images in floating point
@@ -56,7 +57,7 @@ def allocate(test: Curves, fit: dict, importance: Importance, precode: int, poin
     """
     methods = (
         label_free(test.bits, test.pixels, fit, importance, precode)
-        | pseudo_labelled(test.bits, test.pseudo_loss, fit)
+        | pseudo_labelled(test.bits, test.pseudo_loss, fit, importance)
         | label_aware(test, fit)
     )
     return allocation_table(methods, test, points)
@@ -110,13 +111,18 @@ def label_free(
     }
 
 
-def pseudo_labelled(bits: np.ndarray, pseudo_loss: np.ndarray, fit: dict) -> dict[str, Choose]:
+def pseudo_labelled(
+    bits: np.ndarray, pseudo_loss: np.ndarray, fit: dict, importance: Importance, share: float = PSEUDO_SHARE
+) -> dict[str, Choose]:
     """What a sender can do that decodes its codings and runs the heads: it knows all bits and its pseudo-losses.
 
-    bits [n, 5, K], pseudo_loss [n, 5, K + 1 + K], which each scale's factor brings to the size of the true ones.
+    bits [n, 5, K], pseudo_loss [n, 5, K + 1 + K]. It expects of every choice `share` of the pseudo-loss, which each
+    scale's factor brings to the size of the true ones, and the rest of sensitivity * mean loss, as `mfiba` does: both
+    have the mean of the true losses of fit, and their errors little to do with each other.
     """
-    expected = column(fit, "pseudo", "factor")[:, None] * pseudo_loss
-    loss, skipped = np.split(expected, [bits.shape[2]], 2)
+    mean = np.concatenate([column(fit, "mean", name) for name in ("loss", "loss_skipped")], 1)
+    seen, predicted = column(fit, "pseudo", "factor")[:, None] * pseudo_loss, importance.sensitivity[:, :, None] * mean
+    loss, skipped = np.split(share * seen + (1 - share) * predicted, [bits.shape[2]], 2)
     return {
         "mfiba_pseudo": least_cost(loss, bits),
         "mfiba_pseudo_skip": lambda lambda_prime: with_skipping(loss, skipped, bits, lambda_prime),
