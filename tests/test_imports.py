@@ -64,3 +64,9 @@ def test_a_numeric_module_does_without_torch(name: str) -> None:
     for module in behind(name):
         packages = {full.split(".")[0] for full in imported(ROOT / f"stages/lib/{module}.py")}
         assert not packages & {"torch", "torchvision"}
+
+
+def test_no_module_is_longer_than_a_reader_takes_in_at_once():
+    files = [path for folder in ("stages", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    assert not {path.name: n for path in files if (n := len(path.read_text().splitlines())) > 400}

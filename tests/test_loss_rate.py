@@ -225,19 +225,6 @@ def test_the_error_of_predicted_bits_is_held_out():
     assert rate["error"] == approx(np.abs(errors).mean(0), abs=1e-9) and rate["error"][0] == approx(0, abs=1e-9)
 
 
-def test_a_factor_brings_the_mean_pseudo_loss_of_a_scale_to_the_mean_loss():
-    rng = np.random.default_rng(2)
-    bits = np.exp(rng.normal(7, 0.1, (20, 5, 3)) + [0, 1, 2])
-    loss, pseudo = rng.uniform(0, 2, bits.shape), rng.uniform(0, 2, (20, 5, 7))
-    loss[:, 3] *= -1  # coding makes it better: there is nothing to scale by
-    pseudo[:, 4] = 0
-    curves = rates_only(bits)._replace(loss=loss, loss_skipped=np.tile(loss[:, :, :1], 4), pseudo_loss=pseudo)
-    found = fit_scales(curves, 0)["pseudo"]
-    every = np.concatenate([loss, np.repeat(loss[:, :, :1], 4, 2)], 2)
-    expected = [every[:, s].sum() / pseudo[:, s].sum() for s in range(3)]
-    assert [found[scale]["factor"] for scale in SCALES] == approx([*expected, 1, 1])
-
-
 @pytest.mark.parametrize("model", ["power", "power_offset", "exponential", "mse", "quality", "quality_sensitivity"])
 def test_each_rival_wins_on_data_of_its_own(model):
     rng = np.random.default_rng(0)

@@ -3,11 +3,14 @@
 from itertools import product
 
 import coded_shapes
+import numpy as np
 import pytest
 import torch
 from coded_shapes import QUALITIES, clean_pyramids, decoded_pyramids
+from curves import K, make_curves
 from pytest import approx
 
+from stages.lib.loss_rate import fit_scales
 from stages.lib.measuring import LEAST_SCORE, pseudo_labels, single_scale_losses, truths, uncoded_accuracies
 from stages.lib.params import COARSER, SCALES
 
@@ -88,3 +91,16 @@ def worth(labels: dict, found: dict) -> float:
                     best = max(best, score * ((inner / union).item() - 0.25) / 0.75)
             total += own**2 * best
     return total
+
+
+def test_a_factor_brings_the_mean_pseudo_loss_of_a_scale_to_the_mean_loss():
+    rng = np.random.default_rng(2)
+    loss, pseudo = rng.uniform(0, 2, (20, 5, K)), rng.uniform(0, 2, (20, 5, 2 * K + 1))
+    loss[:, 3] *= -1  # coding makes it better: there is nothing to scale by
+    pseudo[:, 4] = 0
+    skipped = np.repeat(loss[:, :, :1], K + 1, 2)
+    curves = make_curves(1, 20)._replace(loss=loss, loss_skipped=skipped, pseudo_loss=pseudo)
+    found = fit_scales(curves, 0)["pseudo"]
+    every = np.concatenate([loss, skipped], 2)
+    expected = [every[:, s].sum() / pseudo[:, s].sum() for s in range(3)]
+    assert [found[scale]["factor"] for scale in SCALES] == approx([*expected, 1, 1])

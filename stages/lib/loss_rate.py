@@ -168,10 +168,9 @@ def predicted_bits(bits: np.ndarray, rate: dict, precode: int) -> np.ndarray:
 def fit_power(weight: np.ndarray, drop: np.ndarray, rate: np.ndarray) -> PowerFit:
     """drop[n, q] ~ weight[n] * alpha * rate[n, q]**beta, least squares, alpha > 0, -5 <= beta <= -0.01.
 
-    weight [n], drop [n, K], rate [n, K] > 0; rows with NaN are left out. This is the task loss-rate model of one scale
-    (arXiv 2503.19278). r2 and rmse are held out by 5-fold cross-validation over images, fold = index mod 5.
-    Flags: `failed` (no rows, or no loss that falls with the rate's power: alpha, beta are then 1e-6, -1),
-    `beta_at_bound`, `negative_r2` (the mean predicts held-out drops better), `too_few_images` (< 10).
+    weight [n], drop [n, K], rate [n, K] > 0; rows with NaN are left out. The task loss-rate model of one scale (arXiv
+    2503.19278). r2 and rmse: held out, 5 folds, index mod 5. Flags: `failed` (no rows, or no loss that falls with the
+    rate's power: alpha, beta = 1e-6, -1), `beta_at_bound`, `negative_r2` (the mean is better), `too_few_images` (< 10).
     """
     usable = np.isfinite(weight) & np.isfinite(drop).all(1)
     weight, drop, rate = weight[usable], drop[usable], rate[usable]
@@ -261,8 +260,7 @@ def rivals(curves: Curves, s: int) -> dict[str, float | None]:
 
     power: alpha R^beta (the paper's, all weights alike), power_offset: alpha R^beta + c, exponential:
     alpha exp(-beta R), mse: kappa * MSE, quality: the mean of each quality; then quality_sensitivity: the latter times
-    the image's sensitivity, as measured on the other qualities: what a perfect predictor could reach. 5-fold
-    cross-validation over images, fold = index mod 5.
+    the image's sensitivity, as measured on the others: what a perfect predictor could reach. 5 folds as in `fit_power`.
     """
     loss, rate, mse = curves.loss[:, s], curves.bpp_plane[:, s], curves.mse[:, s]
     rate, mse = rate / rate.mean(), mse / mse.mean()
