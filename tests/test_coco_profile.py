@@ -49,6 +49,7 @@ def small(coco_root: Path) -> dict:
     counts = {split: len(ids) for split, ids in SPLITS.items()}
     params["prepare"] |= {"coco_root": str(coco_root), "images": counts}
     params["extract"]["train_images"] = counts["train"]
+    params["report"]["bootstrap"] = 100
     for model in params["models"].values():
         model |= {"weights": None, "image_size": {"min": 32, "max": 64}}
     training = {"entropy_steps": 1, "steps": 1, "batch": 1, "crop": 64}

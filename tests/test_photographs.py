@@ -17,10 +17,11 @@ def test_real_photographs_go_through_all_stages(tmp_path: Path) -> None:
     if not COCO_MINI.is_dir():
         pytest.skip(f"{COCO_MINI} is missing: no COCO data here")
     params = params_of(ROOT / "profiles/smoke")
-    params["prepare"] |= {"source": "coco", "coco_root": str(COCO_MINI), "images": {"train": 8, "fit": 14, "test": 6}}
+    params["prepare"] |= {"source": "coco", "coco_root": str(COCO_MINI), "images": {"train": 8, "fit": 8, "test": 4}}
     params["models"]["small"] |= {"weights": None, "image_size": {"min": 96, "max": 128}}
     params["codecs"]["elic"] |= {"init": None}
     params["extract"]["train_images"] = 6
+    params["studies"] = {}
     run_stages(params, ROOT / "dvc.yaml", tmp_path)
     for quality in params["lambdas"]:
         losses = pd.read_csv(tmp_path / f"data/losses/small/elic/{quality}.csv", dtype={"scale": str})

@@ -30,6 +30,24 @@ METHODS |= {"mfiba_pseudo", "mfiba_pseudo_skip"}
 METHODS |= {"upstream_measured", "oracle", "oracle_skip"}  # they need the labels
 
 
+REPRO = """
+import os, sys
+from functools import partial
+from pathlib import Path
+from dvc.cli import main
+from dvc.stage import run
+from stages.lib import measuring
+from stages.lib.planning import become, forked
+
+def fork(executable, cmd, cwd, **_):
+    status, _ = forked(partial(become, cmd, Path(cwd)), log)
+    if status:
+        raise run.StageCmdFailedError(cmd + log.read_text(), status)
+
+log, run._run = Path("log").resolve(), fork
+os.chdir(sys.argv[1])
+sys.exit(main(["repro"]))
+"""
 AGAIN = """
 import sys, yaml
 from pathlib import Path
@@ -40,9 +58,13 @@ run_stages(yaml.safe_load(params.read_text()), dvc_yaml, folder)
 """
 
 
-def dvc(folder: Path, *words: str, **variables: str) -> str:
-    command = [sys.executable, "-m", "dvc", *words]
-    done = subprocess.run(command, cwd=folder, env=environment() | variables, capture_output=True, text=True)
+def dvc(folder: Path, *words: str) -> str:
+    return python(folder, "-m", "dvc", *words)
+
+
+def python(folder: Path, *words: str) -> str:
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -89,8 +111,10 @@ def stages_to_run(profile: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    profile = project(tmp_path_factory.mktemp("smoke"))
-    dvc(profile, "repro", WORKERS="0")  # a process that imports torch for a few images takes longer than they do
+    """`dvc repro`, whose stages are forks: a process that imports torch for a few images takes longer than they do."""
+    folder = tmp_path_factory.mktemp("smoke")
+    profile = project(folder)
+    python(folder, "-c", REPRO, str(profile))
     return profile
 
 
@@ -168,9 +192,7 @@ def test_a_second_run_from_scratch_gives_the_same_bytes(smoke: Path, tmp_path: P
     (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(params_of(smoke), sort_keys=False))
     folder = tmp_path / "again"
     folder.mkdir()
-    words = [sys.executable, "-c", AGAIN, str(tmp_path / "wanted.yaml"), str(ROOT / "dvc.yaml"), str(folder)]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    python(ROOT, "-c", AGAIN, str(tmp_path / "wanted.yaml"), str(ROOT / "dvc.yaml"), str(folder))
     first, second = (
         {path: contents(place / path) for path in _hashes((smoke / "dvc.lock").read_text())}
         for place in (smoke, folder)

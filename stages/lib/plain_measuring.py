@@ -1,9 +1,10 @@
 """How fast the loss of one coded scale is measured, beside what the method's authors do; decoded features -> times.
 
-    ours   `uncoded_accuracies` and `single_scale_losses`: the heads see what differs; each image is matched alone
     plain  for each quality and scale the whole detector on every image, one scale replaced; COCOeval of all images
+    alike  `single_scale_losses` of the same: the heads see what differs; each image is matched alone
+    ours   all of `uncoded_accuracies` and `single_scale_losses`: also scales that are not sent, and pseudo-labels
 
-Ours also measures what a receiver predicts in the place of scales that are not sent; the plain loop does not.
+All three take pyramids that were decoded before.
 """
 
 from __future__ import annotations
@@ -61,47 +62,63 @@ class Case(NamedTuple):
 
 
 def compare(case: Case, repetitions: int) -> dict[str, Any]:
-    """Seconds of both, without the decoding that both need, and how far their accuracies and losses differ."""
+    """Seconds of all three, and how far accuracies and losses are from those of the plain loop."""
     found: dict[str, Any] = {}
-    runs = {"ours": partial(ours, case), "plain": partial(plain, case)}
+    runs = {name: partial(of, case) for name, of in (("ours", ours), ("alike", alike), ("plain", plain))}
     seconds = timings({name: (run, partial(found.__setitem__, name)) for name, run in runs.items()}, repetitions)
     found["plain"] = plain_losses(case, found["plain"][0])
-    labelled = found["ours"][found["ours"]["clean"].notna()]
-    both = labelled.merge(found["plain"], "left", KEY, suffixes=("", "_plain"))
+    both = pd.concat([found["ours"], found["alike"]]).dropna(subset="clean")
+    both = both.merge(found["plain"], "left", KEY, suffixes=("", "_plain"))
     differences = {name: (both[name] - both[f"{name}_plain"]).abs() for name in ("coded", "loss")}
     equal = (differences["coded"] < TOLERANCE) & (differences["loss"] < TOLERANCE)
-    evaluations = 1 + len(list(case.coded()))
-    variants = 2 + len(SCALES) + (len(SCALES) + len(COARSER)) * len(case.decoded)
-    times_plain = seconds["plain"] / seconds["ours"]
     return {
         "repetitions": repetitions,
         "images": len(case.images),
         "tasks": list(case.truth.coco),
-        "evaluations": evaluations,  # of the plain loop
-        "variants": variants,
+        "evaluations": 1 + len(list(case.coded())),  # of the plain loop
+        "variants": 2 + len(SCALES) + (len(SCALES) + len(COARSER)) * len(case.decoded),  # ours
         "seconds": seconds,
-        "times_plain": times_plain,
-        "times_plain_each": times_plain * variants / evaluations,  # ours has those of skipped scales, too
+        "times_plain": {name: seconds["plain"] / seconds[name] for name in ("ours", "alike")},
         "equal": float(equal.mean()),
         "largest_difference": {name: float(values.max()) for name, values in differences.items()},
     }
 
 
 def ours(case: Case) -> pd.DataFrame:
-    """The losses of `measure`, and those of `measure_uncoded` before; decoded features come from memory."""
-    image_ids, features = list(case.images), copy(case.features)
-    features.image_ids = image_ids  # a split of these images alone
-    fixed = case.detector, features
-    uncoded = uncoded_accuracies(*fixed, case.predictor, case.truth, image_ids)
+    """The losses of `measure`, and those of `measure_uncoded` before."""
+    truth, features = case.truth, _features_of(case)
+    uncoded = uncoded_accuracies(case.detector, features, case.predictor, truth, features.image_ids)
+    return _single_scale_losses(case, features, uncoded)
+
+
+def alike(case: Case) -> pd.DataFrame:
+    """What of them the plain loop finds, too: no scale is skipped, no object is a detection."""
+    features = _features_of(case)
+    uncoded = pd.DataFrame(product(case.truth.coco, [SPLIT], case.images, ["3"]), columns=measuring.KEY)
+    uncoded[["loss_skipped", "pseudo_loss_skipped"]] = np.nan
+    no_objects = measuring.pseudo_labels([], [], [], case.truth)
+    with patch.object(measuring, "COARSER", {}), patch.object(measuring, "pseudo_labels", lambda *_: no_objects):
+        return _single_scale_losses(case, features, uncoded)
+
+
+def _features_of(case: Case) -> Features:
+    """A split of the case's images alone."""
+    features = copy(case.features)
+    features.image_ids = list(case.images)
+    return features
+
+
+def _single_scale_losses(case: Case, features: Features, uncoded: pd.DataFrame) -> pd.DataFrame:
+    """Decoded features come from memory."""
 
     def decode(image_ids: list[int]) -> list[Pyramid]:
         decoded = [{s: torch.cat([maps[i][s] for i in image_ids]) for s in SCALES} for maps in case.decoded.values()]
         return [*decoded, {s: maps.to(DEVICE) for s, maps in features.pyramids(image_ids).items()}]
 
     codec: Any = None  # nothing is decoded
+    given = case.detector, features, Path(), list(case.decoded), codec, case.predictor, case.truth, uncoded
     with patch.object(measuring, "decoder", lambda *_: decode):
-        measure = single_scale_losses(*fixed, Path(), list(case.decoded), codec, case.predictor, case.truth, uncoded)
-    return measure(image_ids)
+        return single_scale_losses(*given)(features.image_ids)
 
 
 @torch.inference_mode()
