@@ -209,9 +209,7 @@ def test_a_plan_from_a_few_images_tells_the_disk_that_the_run_took(
 
     monkeypatch.chdir(smoke)
     params = load_params()
-    wanted = [
-        f"{stage}@small-elic{quality}" for stage, quality in (("compress", "-q1"), ("compress", "-q2"), ("measure", ""))
-    ]
+    wanted = ["compress@small-hevc-q1", "compress@small-hevc-q2", "measure@small-hevc"]
     with capsys.disabled():
         few, more = (  # of 16 images of fit, 10 of test
             Sample(sample, run_sample(sample, Path("dvc.yaml"), wanted))
@@ -221,9 +219,9 @@ def test_a_plan_from_a_few_images_tells_the_disk_that_the_run_took(
     took = {
         "prepare": "data/dataset",
         "extract": "data/features/small",
-        "compress": "data/coded/small/elic",
+        "compress": "data/coded/small/hevc",
         "measure_uncoded": "data/losses/small/uncoded.csv",
-        "measure": "data/losses/small/elic",
+        "measure": "data/losses/small/hevc",
     }
     for stage, out in took.items():
         files = [path for path in (smoke / out, *(smoke / out).rglob("*")) if path.is_file()]

@@ -17,6 +17,7 @@ from copy import copy
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -97,7 +98,16 @@ def alike(case: Case) -> pd.DataFrame:
     uncoded = pd.DataFrame(product(case.truth.coco, [SPLIT], case.images, ["3"]), columns=measuring.KEY)
     uncoded[["loss_skipped", "pseudo_loss_skipped"]] = np.nan
     no_objects = measuring.pseudo_labels([], [], [], case.truth)
-    with patch.object(measuring, "COARSER", {}), patch.object(measuring, "pseudo_labels", lambda *_: no_objects):
+
+    def match_objects(labels: COCO, variants: list, image_ids: list[int], *rest: Any) -> list:
+        no_match = SimpleNamespace(utility=np.zeros(len(image_ids)))
+        return match_variants(labels, variants, image_ids, *rest) if labels.anns else [no_match] * len(variants)
+
+    with (
+        patch.object(measuring, "COARSER", {}),
+        patch.object(measuring, "pseudo_labels", lambda *_: no_objects),
+        patch.object(measuring, "match_variants", match_objects),
+    ):
         return _single_scale_losses(case, features, uncoded)
 
 
