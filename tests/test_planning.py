@@ -1,6 +1,7 @@
 """A plan is right where stages grow linearly; its samples are profiles that run, whatever the profile."""
 
 import os
+import runpy
 import signal
 import sys
 from contextlib import chdir
@@ -157,6 +158,27 @@ def test_what_codes_large_images_is_sampled_once(monkeypatch):
     asked.clear()
     planning.plan(ROOT)  # where nothing is trained
     assert asked == [(8, []), (16, [*cheap, "measure@x-elic"])]
+
+
+def test_the_command_prints_the_plan_of_a_profile(monkeypatch, capsys):
+    def run_sample(params, *_):
+        images = params["prepare"]["images"]["fit"]
+        names = ("prepare", "compress@small-hevc-q1", "measure@small-hevc")
+        return [Run(name.partition("@")[0], name, images, images, 1024.0, 10**9) for name in names]
+
+    monkeypatch.setattr(planning, "run_sample", run_sample)
+    monkeypatch.setattr(planning, "start_seconds", lambda: 18.0)
+    monkeypatch.setattr(sys, "argv", ["plan", str(ROOT / "profiles/study")])
+    monkeypatch.delitem(sys.modules, "stages.plan")  # a command's process has not imported it
+    runpy.run_module("stages.plan", run_name="__main__")
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    assert list(rows)[2:] == ["prepare", "compress", "measure", "all", "The"]
+    assert rows["compress"][:2] == ["1", "280"]  # of `fit` and `test`; only q1 was sampled
+    assert rows["measure"][:2] == ["1", "280"] and float(rows["measure"][4]) == approx((18 + 280 / 2) / 3600, abs=5e-4)
+
+
+def test_a_start_is_a_process_with_its_imports():
+    assert planning.start_seconds() > 0.3
 
 
 def test_counts_are_printed_whole_and_hours_with_three_places():
