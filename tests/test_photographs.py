@@ -17,7 +17,7 @@ def test_real_photographs_go_through_all_stages(tmp_path: Path) -> None:
     if not COCO_MINI.is_dir():
         pytest.skip(f"{COCO_MINI} is missing: no COCO data here")
     params = params_of(ROOT / "profiles/smoke")
-    params["prepare"] |= {"source": "coco", "coco_root": str(COCO_MINI), "images": {"train": 8, "fit": 8, "test": 4}}
+    params["prepare"] |= {"source": "coco", "coco_root": str(COCO_MINI), "images": {"train": 8, "fit": 14, "test": 6}}
     params["models"]["small"] |= {"weights": None, "image_size": {"min": 96, "max": 128}}
     params["codecs"]["elic"] |= {"init": None}
     params["extract"]["train_images"] = 6
