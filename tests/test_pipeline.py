@@ -29,7 +29,7 @@ METHODS = {"none", "uniform", "static", "upstream_predicted", "mfiba_closed_form
 METHODS |= {"mfiba_pseudo", "mfiba_pseudo_skip"}
 METHODS |= {"upstream_measured", "oracle", "oracle_skip"}  # they need the labels
 
-
+# `dvc repro` of a profile, and its stages without DVC: each a fork of one process, whose imports are made once.
 REPRO = """
 import os, sys
 from functools import partial

@@ -52,7 +52,7 @@ def test_without_what_the_plain_loop_does_not_do_the_rest_is_the_same(case):
     whole, part = ours(case), alike(case)
     columns = ["clean", "coded", "loss"]
     assert np.allclose(part[columns], whole[columns], atol=1e-3, equal_nan=True)
-    assert part[["loss_skipped"]].isna().all(axis=None) and (part["pseudo_loss"] == 0).all()
+    assert part["loss_skipped"].isna().all() and (part["pseudo_loss"] == 0).all()
     assert whole["loss_skipped"].gt(0).any() and whole["pseudo_loss"].gt(0).any()
 
 
