@@ -1,5 +1,6 @@
 """Pyramids + losses of `fit` -> MFIP of each task, what it predicts for fit and test, and its held-out error."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,9 @@ def main(
                 )
             )
             trained = mfip.train(fit, labels, sensitivities, params["mfip"], params["seed"])
+            if flags := trained.report["flags"]:
+                why = f"{', '.join(flags)}; {trained.report['n_labelled']} labelled images"
+                warnings.warn(f"{task}: MFIP learned nothing beyond the mean weight: {why}", stacklevel=2)
             tables = [_table("fit", trained.image_ids, trained.weights, trained.sensitivity)]
             with torch.inference_mode():
                 for image_ids, statistics in test:

@@ -12,7 +12,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from stages.lib import models
 from stages.lib.features import Features
-from stages.lib.heads import Variants, detect, detect_variants, run_lengths
+from stages.lib.heads import Variants, _run_heads, detect_variants, run_lengths
 from stages.lib.models import (
     Sizes,
     build,
@@ -50,6 +50,14 @@ def image(height: int, width: int) -> torch.Tensor:
     return torch.rand(3, height, width, generator=torch.Generator().manual_seed(height))
 
 
+@torch.inference_mode()
+def detect(model, pyramid, sizes, tasks) -> list[dict[str, torch.Tensor]]:
+    """Pyramids [N, C, H_s, W_s] of N images -> what torchvision's detector gives for them, whole masks included."""
+    each = Variants(pyramid, {scale: list(range(len(sizes))) for scale in pyramid})
+    found = _run_heads(model, each, sizes, [dict.fromkeys(tasks)] * len(sizes))
+    return model.transform.postprocess(found, [s.resized for s in sizes], [s.original for s in sizes])
+
+
 # ---- the cut
 
 
@@ -65,21 +73,6 @@ def test_stored_features_give_exactly_the_detections_of_the_whole_model(model, t
     assert len(whole["boxes"]) > 0
     assert ("masks" in cut, "keypoints" in cut) == ("segmentation" in tasks, "keypoints" in tasks)
     assert_same({key: whole[key] for key in cut}, cut)
-
-
-def test_keypoints_are_looked_for_in_the_boxes_of_persons_only(model):
-    pyramid, sizes = pyramid_of(model, image(64, 64))
-    (all_boxes,) = detect(model, pyramid, [sizes], {"keypoints"})
-    labels = all_boxes["labels"]
-    person, *others = labels.unique().tolist()
-    assert others
-    (persons,) = detect(model, pyramid, [sizes], {"keypoints"}, {person})
-    chosen = labels == person
-    assert torch.equal(persons["labels"], labels)
-    assert torch.allclose(persons["keypoints"][chosen], all_boxes["keypoints"][chosen], atol=1e-3)
-    assert (persons["keypoints"][~chosen] == 0).all() and (all_boxes["keypoints"][~chosen] != 0).any()
-    (nobody,) = detect(model, pyramid, [sizes], {"keypoints"}, {CLASSES + 1})
-    assert (nobody["keypoints"] == 0).all() and nobody["keypoints"].shape == all_boxes["keypoints"].shape
 
 
 def test_a_detector_without_the_other_heads_detects():
@@ -213,21 +206,60 @@ def test_what_variants_have_in_common_passes_the_heads_once(model):
         hook.remove()
 
 
+def objects(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows).view(-1, 5)
+
+
+def everywhere(label: int) -> torch.Tensor:
+    return objects([label, -1000, -1000, 1000, 1000])
+
+
 def test_each_variant_has_what_its_own_tasks_ask_for(model):
     pyramid, sizes = pyramid_of(model, image(64, 64))
-    variants = Variants(pyramid, {s: [0] * 4 for s in SCALES})
+    variants = Variants(pyramid, {s: [0] * 5 for s in SCALES})
     (label, *_) = detect(model, pyramid, [sizes], {"detection"})[0]["labels"].tolist()
-    asked = [{"detection": None}, {"segmentation": {label}}, {"keypoints": set()}, dict.fromkeys(TASKS)]
-    boxes, masks, keypoints, everything = detect_variants(model, variants, [sizes] * 4, asked)
+    asked = [
+        {"detection": None},
+        {"segmentation": everywhere(label)},
+        {"keypoints": objects()},
+        {"keypoints": everywhere(label)},
+        dict.fromkeys(TASKS),
+    ]
+    boxes, masks, nothing, keypoints, everything = detect_variants(model, variants, [sizes] * 5, asked)
     (expected,) = detect(model, pyramid, [sizes], set(TASKS))
-    assert set(boxes) == {"boxes", "labels", "scores"} == set(masks) - {"run_lengths"} == set(keypoints) - {"keypoints"}
-    assert torch.equal(everything["keypoints"], expected["keypoints"]) and not keypoints["keypoints"].any()
+    assert set(boxes) == {"boxes", "labels", "scores"} == set(masks) - {"run_lengths"} == set(nothing) - {"keypoints"}
+    assert torch.equal(everything["keypoints"], expected["keypoints"]) and expected["keypoints"].all(2).any()
     whole_masks = torch.from_numpy(rle.decode(everything["run_lengths"])).permute(2, 0, 1)
     assert torch.equal(whole_masks.bool(), expected["masks"][:, 0] > 0.5)
-    chosen, nothing = everything["labels"] == label, rle.encode(np.zeros((64, 64), np.uint8, order="F"))
+    chosen, empty = everything["labels"] == label, rle.encode(np.zeros((64, 64), np.uint8, order="F"))
     assert 0 < chosen.sum() < len(chosen)
     for code, full, c in zip(masks["run_lengths"], everything["run_lengths"], chosen, strict=True):
-        assert code == (full if c else nothing)
+        assert code == (full if c else empty)
+    assert not nothing["keypoints"].any() and nothing["keypoints"].shape == expected["keypoints"].shape
+    assert torch.equal(keypoints["keypoints"][chosen], expected["keypoints"][chosen])
+    assert not keypoints["keypoints"][~chosen].any()
+
+
+def test_only_masks_that_share_no_pixel_with_an_object_of_their_label_are_left_out(model):
+    """In an image that was resized, so that boxes and objects have other coordinates until the end."""
+    pyramid, sizes = pyramid_of(model, image(50, 70))
+    assert sizes.original != sizes.resized
+    one = Variants(pyramid, {s: [0] for s in SCALES})
+    (expected,) = detect_variants(model, one, [sizes], [{"segmentation": None}])
+    empty, kept, left_out = rle.encode(np.zeros(sizes.original, np.uint8, order="F")), 0, 0
+    for x, y in np.ndindex(7, 5):
+        place = np.zeros(sizes.original, np.uint8, order="F")
+        place[10 * y : 10 * y + 10, 10 * x : 10 * x + 10] = 1
+        box = [10 * x, 10 * y, 10 * x + 10, 10 * y + 10]
+        of_place = objects(*([label, *box] for label in range(1, CLASSES)))
+        (found,) = detect_variants(model, one, [sizes], [{"segmentation": of_place}])
+        for code, full in zip(found["run_lengths"], expected["run_lengths"], strict=True):
+            if code == full:
+                kept += code != empty
+            else:
+                assert code == empty and not rle.area(rle.merge([full, rle.encode(place)], intersect=True))
+                left_out += 1
+    assert kept > 10 and left_out > 10
 
 
 def test_run_lengths_are_those_of_torchvisions_pasted_masks():

@@ -83,7 +83,11 @@ class Split(NamedTuple):
 
 
 def load_split(splits_json: Path, split: str) -> Split:
+    """Raises InputError that names splits.json where it is not as `prepare` wrote it, or what it tells is gone."""
     entry = read_json(splits_json, dict.fromkeys(("train", "fit", "test"), SPLIT))[split]
+    for key in ("images", "instances", "person_keypoints"):
+        if entry[key] is not None and not Path(entry[key]).exists():
+            raise InputError(f"{splits_json}: {split}.{key} is {entry[key]!r}, which is not there; run prepare again")
     keypoints, counts = entry["person_keypoints"], (len(entry["image_ids"]), len(entry["file_names"]))
     if counts[0] != counts[1]:
         raise InputError(f"{splits_json}: {split} has {counts[0]} image_ids, {counts[1]} file_names; run prepare again")

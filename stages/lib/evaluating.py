@@ -19,7 +19,7 @@ from stages.lib.coding import FeatureCodec, load_codec
 from stages.lib.features import Features, Shard
 from stages.lib.files import create_h5, open_h5, read_csv, write_array
 from stages.lib.heads import Variants, detect_variants
-from stages.lib.measuring import Pyramid, Truths, decoder, labels_of, ledger_column, read_truths
+from stages.lib.measuring import Pyramid, Truths, decoder, ledger_column, objects_of, read_truths
 from stages.lib.models import load_model
 from stages.lib.params import COARSE_TO_FINE, COARSER, SCALES, SKIPPED
 from stages.lib.prediction import NOTHING, Predictor
@@ -215,12 +215,16 @@ def joint_results(
     features: Features,
     truth: Truths,
     wanted: dict[Variant, set[str]],
+    every_mask: bool = False,
 ) -> dict[str, dict[Variant, list[dict[str, Any]]]]:
-    """Pyramids of the images `image_ids` at every quality -> task -> COCO's results of the variants wanted for it."""
+    """Pyramids of the images `image_ids` at every quality -> task -> COCO's results of the variants wanted for it.
+
+    every_mask: also those masks and keypoints that are wrong in any case (`objects_of`), else zeros.
+    """
     place = {i: row for row, i in enumerate(image_ids)}
-    labels = {i: labels_of(i, truth) for i in image_ids}
+    objects = {i: dict.fromkeys(truth.coco) if every_mask else objects_of(i, truth) for i in image_ids}
     variants = _assemble(decoded, predictor, [(place[i], phi) for i, phi in wanted])
-    asked = [{task: labels[i][task] for task in tasks} for (i, _), tasks in wanted.items()]
+    asked = [{task: objects[i][task] for task in tasks} for (i, _), tasks in wanted.items()]
     detections = detect_variants(detector, variants, [features.sizes(i) for i, _ in wanted], asked)
     found: dict[str, dict[Variant, list[dict]]] = {task: {} for task in truth.coco}
     for (variant, tasks), detection in zip(wanted.items(), detections, strict=True):

@@ -30,7 +30,6 @@ from stages.lib.bitstream import FRAME_BYTES
 from stages.lib.bound import additive_loss, bits_at
 from stages.lib.evaluating import joint_results
 from stages.lib.features import Features
-from stages.lib.heads import Asked
 from stages.lib.loss_rate import Curves, importance_labels
 from stages.lib.measuring import Pyramid, Truths
 from stages.lib.params import SCALES
@@ -52,12 +51,6 @@ class Cell(NamedTuple):
     curves: Curves  # of test
     fit: dict  # of `fit_scales`
     importance: Importance  # predicted, of the images of `curves`
-
-
-class Everything(Truths):
-    def labels(self, image_id: int) -> Asked:
-        """Of all labels: a detection of what is not there is shown with its mask, though it would be wrong with any."""
-        return dict.fromkeys(self.coco)
 
 
 class Choices(NamedTuple):
@@ -137,8 +130,8 @@ def illustrate(
                 at = matched(anchor.bits, method.bits)
                 phi = np.concatenate([np.full((1, len(SCALES)), len(anchor.bits)), anchor.phi, method.phi[at]])
                 variants = [(image_id, tuple(p)) for p in phi.tolist()]
-                args = detector, decoded, predictor, [image_id], features, Everything(*truth)
-                found = joint_results(*args, dict.fromkeys(variants, {task}))[task]
+                args = detector, decoded, predictor, [image_id], features, truth, dict.fromkeys(variants, {task})
+                found = joint_results(*args, every_mask=True)[task]
                 shown[task] = _example(cell, row, phi, [found[v] for v in variants], truth.coco[task], task)
         return shown
 

@@ -27,7 +27,10 @@ from stages.lib.models import DEVICE, Sizes, images_per_pass
 
 # Of a head: on a CPU larger maps leave its caches, and malloc asks for them anew.
 REGIONS_PER_PASS = 512 if DEVICE.type == "cuda" else 64
-Asked = dict[str, set[int] | None]  # task -> the labels whose masks or keypoints it needs; None: all
+MASK_SIDE = 28  # of torchvision's masks, whatever their boxes
+# Task -> the objects that masks or keypoints are needed of, [G, 5]: label, x1, y1, x2, y2 in the original image, all
+# pixels of a mask between these. A detection of no object's label, or too far from all, needs none. None: all need one.
+Asked = dict[str, Tensor | None]
 
 
 class Variants(NamedTuple):
@@ -38,30 +41,12 @@ class Variants(NamedTuple):
 
 
 @torch.inference_mode()
-def detect(
-    model: FasterRCNN,
-    pyramid: dict[str, Tensor],
-    sizes: list[Sizes],
-    tasks: set[str],
-    person_ids: set[int] | None = None,
-) -> list[dict[str, Tensor]]:
-    """Pyramids [N, C, H_s, W_s] of images of one padded size -> torchvision's detections in original coordinates.
-
-    Only the heads that `tasks` need are run, that of boxes always. The keypoint head sees the boxes of the labels
-    `person_ids` (None: all boxes); the keypoints of other boxes are zeros.
-    """
-    each = Variants(pyramid, {scale: list(range(len(sizes))) for scale in pyramid})
-    labels = dict.fromkeys(tasks) | ({"keypoints": person_ids} if "keypoints" in tasks else {})
-    found = _run_heads(model, each, sizes, [labels] * len(sizes))
-    return model.transform.postprocess(found, [s.resized for s in sizes], [s.original for s in sizes])
-
-
-@torch.inference_mode()
 def detect_variants(
     model: FasterRCNN, variants: Variants, sizes: list[Sizes], tasks: list[Asked]
 ) -> list[dict[str, Any]]:
-    """`detect`, each variant for tasks of its own; what follows from equal maps is computed once.
+    """Variants, each with its image's sizes and tasks -> torchvision's detections in original coordinates.
 
+    Only the heads that its tasks need are run, that of boxes always; what follows from equal maps is computed once.
     In place of `masks` as large as the image, gigabytes at COCO's size, stand their `run_lengths`. Masks and keypoints
     that a task does not ask for are zeros.
     """
@@ -105,7 +90,10 @@ def _run_heads(
     ):
         if not any(task in asked for asked in tasks):
             continue
-        chosen = [_among(d["labels"], asked.get(task, set())) for d, asked in zip(found, tasks, strict=True)]
+        chosen = [
+            _may_meet(d["labels"], d["boxes"], asked[task], size) if task in asked else d["labels"] < 0
+            for d, asked, size in zip(found, tasks, sizes, strict=True)
+        ]
         boxes, labels = ([d[k][c] for d, c in zip(found, chosen, strict=True)] for k in ("boxes", "labels"))
         outputs = _of_regions(pool, head, variants, boxes, labels, shapes)
         for of_variant, asked, c, output in zip(found, tasks, chosen, outputs, strict=True):
@@ -115,11 +103,16 @@ def _run_heads(
     return found
 
 
-def _among(labels: Tensor, ids: set[int] | None) -> Tensor:
-    """Which of the labels [n] are in `ids` (None: all), [n] bool."""
-    if ids is None:
+def _may_meet(labels: Tensor, boxes: Tensor, objects: Tensor | None, size: Sizes) -> Tensor:
+    """Which detections, labels [n] and boxes [n, 4] in the resized image, may share a pixel with one of their label
+    among the objects [G, 5] (see `Asked`), [n] bool. A mask exceeds its box: `run_lengths` widens and rounds it."""
+    if objects is None:
         return torch.ones_like(labels, dtype=torch.bool)
-    return torch.isin(labels, torch.tensor(sorted(ids), dtype=labels.dtype, device=labels.device))
+    (height, width), (resized_height, resized_width) = size.original, size.resized
+    low, high = (boxes * boxes.new_tensor([width / resized_width, height / resized_height] * 2)).split(2, 1)
+    beyond = (high - low) / MASK_SIDE + 2
+    meets = ((low - beyond)[:, None] <= objects[:, 3:]) & ((high + beyond)[:, None] >= objects[:, 1:3])
+    return (meets.all(2) & (labels[:, None] == objects[:, 0])).any(1)
 
 
 def _proposals(rpn: RegionProposalNetwork, variants: Variants, sizes: list[Sizes]) -> list[Tensor]:

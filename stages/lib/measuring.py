@@ -18,18 +18,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from stages.lib.accuracy import LEAST_OVERLAP, WORTH, match_variants, per_image, results
+from stages.lib.accuracy import LEAST_OVERLAP, WORTH, match_variants, merge, per_image, results
 from stages.lib.coco import ground_truth, load_split
 from stages.lib.coding import CodedSplit, FeatureCodec
 from stages.lib.features import Features
 from stages.lib.files import read_csv
 from stages.lib.heads import Asked, Variants, detect_variants
 from stages.lib.models import DEVICE, Sizes
-from stages.lib.params import COARSER, SCALES
+from stages.lib.params import COARSER, MAX_SIDE, SCALES
 from stages.lib.prediction import Predictor
 from stages.lib.schema import InputError
 
@@ -39,6 +40,7 @@ LOSSES = [*KEY, "clean", "coded", "drop", "loss", "loss_skipped", "pseudo_loss",
 LEAST_SCORE = 0.1  # of a detection that stands for an object
 LEAST_LIKENESS = 0.25  # overlap with it that is worth something: the object itself lies elsewhere, perhaps nearer
 PART_OF_BOX = 0.5  # that an object fills
+EVERYWHERE = -MAX_SIDE, -MAX_SIDE, 3 * MAX_SIDE, 3 * MAX_SIDE  # x, y, width, height: around every image
 Pyramid = dict[str, Tensor]  # scale -> [N, C, H_s, W_s]
 
 
@@ -49,12 +51,20 @@ class Truths(NamedTuple):
     person_ids: set[int]
 
 
-def labels_of(image_id: int, *known: Truths) -> Asked:
-    """Task -> the labels of the image's objects: of other labels a detection is wrong, whatever its mask."""
-    return {
-        task: {a["category_id"] for labels in known for a in labels.coco[task].imgToAnns[image_id]}
-        for task in known[0].coco
-    }
+def objects_of(image_id: int, *known: Truths) -> Asked:
+    """What of an image's detections can be right: of other labels, and elsewhere, they are wrong, whatever their mask.
+
+    Keypoints are near objects that their box does not meet, too: their overlap, OKS, has no end.
+    """
+    asked: Asked = {}
+    for task in known[0].coco:
+        rows = []
+        for coco in (labels.coco[task] for labels in known):
+            for item in coco.imgToAnns[image_id]:
+                x, y, width, height = rle.toBbox(coco.annToRLE(item)) if task == "segmentation" else EVERYWHERE
+                rows.append([item["category_id"], x, y, x + width, y + height])
+        asked[task] = torch.tensor(rows, dtype=torch.float32, device=DEVICE).view(-1, 5)
+    return asked
 
 
 def truths(coco: dict[str, COCO]) -> Truths:
@@ -162,7 +172,7 @@ def measure_variants(
     everything: Asked = dict.fromkeys(truth.coco)
     detections = detect_variants(detector, variants_of(variants[:1]), sizes, [everything] * len(image_ids))
     pseudo = pseudo_labels(detections, image_ids, sizes, truth)
-    asked = [labels_of(i, truth, pseudo) for i in image_ids]
+    asked = [objects_of(i, truth, pseudo) for i in image_ids]
     detections += detect_variants(detector, variants_of(variants[1:]), sizes * others, asked * others)
     measured = {}
     for task in truth.coco:
@@ -171,13 +181,19 @@ def measure_variants(
             v, n = divmod(k, len(image_ids))
             found[v] += results(image_ids[n], detection, task, truth.person_ids)
         matches, own = (
-            match_variants(labels.coco[task], found, image_ids, task, least)
+            match_variants(labels.coco[task], _of_labels(found, labels, task), image_ids, task, least)
             for labels, least in ((truth, LEAST_OVERLAP), (pseudo, LEAST_LIKENESS))
         )
         utilities, own_utilities = (np.stack([m.utility for m in of]) for of in (matches, own))
-        accuracy = np.stack([per_image(m) for m in matches])
+        accuracy = per_image(merge(matches)).reshape(utilities.shape)  # as of so many images
         measured[task] = Measured(accuracy, utilities[0] - utilities, own_utilities[0] - own_utilities)
     return measured
+
+
+def _of_labels(found: list[list[dict[str, Any]]], labels: Truths, task: str) -> list[list[dict[str, Any]]]:
+    """Without the detections whose label no object of their image has: they change neither its AP nor its utility."""
+    known = {(a["image_id"], a["category_id"]) for a in labels.coco[task].anns.values()}
+    return [[item for item in of if (item["image_id"], item["category_id"]) in known] for of in found]
 
 
 def pseudo_labels(detections: list[dict[str, Any]], image_ids: list[int], sizes: list[Sizes], truth: Truths) -> Truths:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -212,9 +211,6 @@ def train(
         },
         "sensitivity": dict(zip(SCALES, sense.report, strict=True)),
     }
-    if flags:
-        why = f"{', '.join(flags)}; {n} labelled images"
-        warnings.warn(f"MFIP learned nothing beyond the mean weight: {why}", stacklevel=2)
     return Trained(model, report, image_ids, weights.numpy(), sensitivity.numpy())
 
 
