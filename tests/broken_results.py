@@ -56,6 +56,8 @@ IN_SPLITS = [  # what is broken, what the line says
     ),
     (value(SPLITS, "train.image_ids", [1, 2, 99]), "has no id 99, which splits.json lists"),
     (value(SPLITS, "train.person_keypoints", None), "splits.json has no person_keypoints"),
+    (value(SPLITS, "train.images", "a"), "splits.json: train.images is 'a', which is not there; run prepare again"),
+    (value(SPLITS, "train.instances", "a.json"), "splits.json: train.instances is 'a.json', which is not there"),
     (
         also(value(PERSONS_JSON, "categories", []), value(PERSONS_JSON, "annotations", [])),
         "person_keypoints_train2017.json: categories have [] keypoints; at least one is needed",
@@ -76,7 +78,10 @@ IN_SPLITS = [  # what is broken, what the line says
         also(params("models.small.steps", 1), *(cut(f"coco/train2017/000{n}.png") for n in (1, 2, 3))),
         "train2017/000 ... .png: cannot be decoded",
     ),
-    (gone(TRAIN_JSON), "instances_train2017.json: no such file"),
+    (
+        gone(TRAIN_JSON),
+        "splits.json: train.instances is 'coco/annotations/instances_train2017.json', which is not there",
+    ),
     (lacks(TRAIN_JSON, "annotations"), "train2017.json: annotations is missing"),
     (lacks(TRAIN_JSON, "annotations.0.bbox"), "id 10: bbox is missing"),
 ]

@@ -18,6 +18,7 @@ from stages.lib import evaluating, measuring, shapes
 from stages.lib.accuracy import results
 from stages.lib.coding import CodedSplit, FeatureCodec, pyramid_shapes
 from stages.lib.features import Features
+from stages.lib.heads import Asked
 from stages.lib.learned import Coded
 from stages.lib.models import Sizes
 from stages.lib.params import SCALES, TASKS
@@ -110,10 +111,11 @@ class Seer:
     def __init__(self, root: Path, features: Features):
         self.coco, self.features = ground_truth(root), features
         self.passes = self.maps = 0
+        self.asked: list[Asked] = []  # of the last call
 
     def detect(self, detector, variants, sizes, tasks) -> list[dict[str, torch.Tensor]]:
         assert detector is self and len(sizes) == len(tasks)
-        self.passes += len(sizes)
+        self.passes, self.asked = self.passes + len(sizes), tasks
         self.maps += sum(len(maps) for maps in variants.maps.values())
         return [
             self._detect({s: maps[variants.at[s][k]] for s, maps in variants.maps.items()}, size)

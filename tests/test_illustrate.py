@@ -111,6 +111,9 @@ def seer(root, features) -> Iterator[Seer]:
         found = Seer(root, features)
         for module in (evaluating, measuring):
             patch.setattr(module, "detect_variants", found.detect)
+        patch.setattr(
+            examples, "map_in_memory", lambda show, items, _: [show(item) for item in items]
+        )  # in this process
         yield found
 
 
@@ -192,6 +195,10 @@ def test_detections_and_losses_are_those_of_the_decoded_pyramids(
                 assert choice["loss"] == approx(lost, abs=1e-9)
                 losses.append(lost)
     assert np.ptp(losses) > 0.1
+
+
+def test_masks_are_shown_of_wrong_detections_too(shown, seer) -> None:
+    assert seer.asked and all(of_task is None for asked in seer.asked for of_task in asked.values())
 
 
 def check_found(shapes: list[dict], results: list[dict], names: dict[int, str], task: str) -> None:

@@ -21,7 +21,7 @@ from coded_shapes import (
 from pytest import approx
 
 from stages.lib import measuring
-from stages.lib.accuracy import match
+from stages.lib.accuracy import match, match_variants, per_image
 from stages.lib.files import read_csv, write_csv
 from stages.lib.measuring import single_scale_losses, truths, uncoded_accuracies
 from stages.lib.params import COARSER, SCALES
@@ -127,6 +127,17 @@ def test_maps_that_variants_have_in_common_pass_the_heads_once(seer, features, f
     coded_maps = len(SCALES) + len(QUALITIES) * (len(SCALES) + len(COARSER))
     measure(seer, features, feature_codec, coded, list(QUALITIES))
     assert seer.maps == len(features.image_ids) * (uncoded_maps + coded_maps)
+
+
+def test_detections_of_labels_without_an_object_change_neither_accuracy_nor_utility(seer, features):
+    coco, ids, rng = seer.coco["detection"], features.image_ids, np.random.default_rng(0)
+    found = found_in(seer, clean_pyramids(features), "detection")
+    found += [item | {"category_id": int(rng.integers(1, 7)), "score": rng.uniform()} for item in found]
+    (kept,) = measuring._of_labels([found], truths({"detection": coco}), "detection")
+    of_all, of_kept = match_variants(coco, [found, kept], ids, "detection")
+    assert 0 < len(of_kept.score) < len(of_all.score)
+    assert np.array_equal(per_image(of_all), per_image(of_kept), equal_nan=True) and per_image(of_all).any()
+    assert (of_all.utility == of_kept.utility).all()
 
 
 def measure(seer, features, feature_codec, folder, qualities=("q1",)):
