@@ -16,7 +16,6 @@ Stages run on the CPU, as forks of a process that has made their imports. Texts 
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import random
@@ -29,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -45,9 +44,9 @@ from stages.lib.files import RESERVE
 from stages.lib.planning import address_of, become, begin, in_order
 from tests.test_pipeline import change, dvc, project
 
-KILLS, LOSSES, LIMITS, FLIPS = 10, 2, 4, 4  # of each stage; of each kind of file and stage that reads it
+KILLS, LOSSES, LIMITS, FLIPS = 10, 2, 4, 3  # of each stage; of each kind of file and stage that reads it
 MEMORY = 4, 16  # squared, MiB: what a starved stage gets beyond what it has once its imports are made
-IMAGES, FEWER = "fit: 16, test: 10", "fit: 8, test: 6"  # of the splits: as many faults in less time
+SMALLER = {"fit: 16, test: 10": "fit: 8, test: 6", "batch: 2\n": "batch: 1\n"}  # as many faults in less time
 LANES, SHARD_IMAGES = 2, 2  # faults that are made at a time; so few that there are several shards
 SHARDED = ("extract", "compress", "measure_uncoded", "measure", "evaluate", "ablate")
 SCRATCH = (".tmp-", ".unfinished-")
@@ -314,7 +313,8 @@ def seen_by_dvc(kind: str) -> Found:
     file = random.Random(kind).choice(sorted(whole.glob(KINDS[kind][0])))
     data = file.read_bytes()
     flip(file, random.Random(kind), 0)
-    status = json.loads(dvc(whole, "status", "--json", "dvc.yaml"))
+    with chdir(whole):
+        status = Repo().status(["dvc.yaml"])
     changes = [change for of_stage in status.values() for change in of_stage if isinstance(change, dict)]
     named = {Path(path) for change in changes for found in change.values() for path in found}
     file.write_bytes(data)
@@ -384,7 +384,8 @@ def main() -> None:
     features.SHARD_IMAGES = coding.SHARD_IMAGES = SHARD_IMAGES
     with TemporaryDirectory(prefix="faults-") as name:
         whole = project(Path(name).resolve())
-        change(whole, IMAGES, FEWER)
+        for numbers, smaller in SMALLER.items():
+            change(whole, numbers, smaller)
         for stage in in_order(Repo(whole)):
             if Path(stage.path).parent == whole:
                 stages[address_of(stage)] = undisturbed(stage)
