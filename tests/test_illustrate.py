@@ -111,9 +111,7 @@ def seer(root, features) -> Iterator[Seer]:
         found = Seer(root, features)
         for module in (evaluating, measuring):
             patch.setattr(module, "detect_variants", found.detect)
-        patch.setattr(
-            examples, "map_in_memory", lambda show, items, _: [show(item) for item in items]
-        )  # in this process
+        patch.setattr(examples, "map_in_memory", lambda show, items, _: list(map(show, items)))  # in this process
         yield found
 
 

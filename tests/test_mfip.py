@@ -193,6 +193,7 @@ def test_images_without_label_are_predicted_but_not_trained_on(images):
     assert weights[unlabelled] == approx(predicted(model, batches[2:4])[0], abs=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
 def test_few_images_give_the_constant_and_say_so():
     report = train(*make_images(0, 6), SHORT, 0).report
     assert report["flags"] == ["constant", "too_few_images"]
@@ -272,6 +273,14 @@ def run_stage(folder, name):
     inputs = (folder / file for file in ("small.h5", "small.pt", "coded", "losses", "uncoded.csv"))
     train_mfip.main(*inputs, "small", "elic", folder / name)
     return folder / name / "keypoints"
+
+
+@pytest.mark.filterwarnings("error")
+def test_stage_says_for_which_task_nothing_was_learned(profile):
+    train_mfip.load_params()["mfip"] |= {"epochs": 0}
+    said = "keypoints: MFIP learned nothing beyond the mean weight: constant; 116 labelled images"
+    with pytest.warns(UserWarning, match=said):
+        run_stage(profile[0], "mfip")
 
 
 def test_stage_writes_out_of_fold_predictions_of_fit_and_predictions_of_test(profile, images):

@@ -240,6 +240,22 @@ def test_each_variant_has_what_its_own_tasks_ask_for(model):
     assert not keypoints["keypoints"][~chosen].any()
 
 
+def test_keypoints_are_looked_for_in_the_boxes_of_persons_only(model):
+    pyramid, sizes = pyramid_of(model, image(64, 64))
+    one = Variants(pyramid, {s: [0] for s in SCALES})
+    (all_boxes,) = detect_variants(model, one, [sizes], [{"keypoints": None}])
+    labels = all_boxes["labels"]
+    person, *others = labels.unique().tolist()
+    assert others
+    (persons,) = detect_variants(model, one, [sizes], [{"keypoints": everywhere(person)}])
+    chosen = labels == person
+    assert torch.equal(persons["labels"], labels)
+    assert torch.allclose(persons["keypoints"][chosen], all_boxes["keypoints"][chosen], atol=1e-3)
+    assert (persons["keypoints"][~chosen] == 0).all() and (all_boxes["keypoints"][~chosen] != 0).any()
+    (nobody,) = detect_variants(model, one, [sizes], [{"keypoints": everywhere(CLASSES + 1)}])
+    assert (nobody["keypoints"] == 0).all() and nobody["keypoints"].shape == all_boxes["keypoints"].shape
+
+
 def test_only_masks_that_share_no_pixel_with_an_object_of_their_label_are_left_out(model):
     """In an image that was resized, so that boxes and objects have other coordinates until the end."""
     pyramid, sizes = pyramid_of(model, image(50, 70))
