@@ -28,8 +28,7 @@ def learned() -> SimpleNamespace:
     params = {"channels": 4, "epochs": 1, "lr": 1e-3, "validation": 0.2}
     ids = list(range(60))
     weights = dict.fromkeys(ids, np.full(5, 0.2))
-    with pytest.warns(UserWarning):
-        trained = mfip.train([(ids, fit)], weights, dict(zip(ids, labels, strict=True)), params, 0)
+    trained = mfip.train([(ids, fit)], weights, dict(zip(ids, labels, strict=True)), params, 0)
     return SimpleNamespace(fit=fit, test=test, labels=labels, model=trained.model)
 
 
