@@ -133,7 +133,7 @@ def test_detections_of_labels_without_an_object_change_neither_accuracy_nor_util
     coco, ids, rng = seer.coco["detection"], features.image_ids, np.random.default_rng(0)
     found = found_in(seer, clean_pyramids(features), "detection")
     found += [item | {"category_id": int(rng.integers(1, 7)), "score": rng.uniform()} for item in found]
-    (kept,) = measuring._of_labels([found], truths({"detection": coco}), "detection")
+    (kept,) = measuring._of_labels([found], coco, ids)
     of_all, of_kept = match_variants(coco, [found, kept], ids, "detection")
     assert 0 < len(of_kept.score) < len(of_all.score)
     assert np.array_equal(per_image(of_all), per_image(of_kept), equal_nan=True) and per_image(of_all).any()

@@ -13,6 +13,7 @@ from stages.lib.allocation import (
     Choose,
     Importance,
     column,
+    every_mean_loss,
     label_aware,
     label_free,
     least_cost,
@@ -139,6 +140,7 @@ def variants(
     """
     calibration = calibrate(fit, of_fit.weights, model)
     pseudo = test.bits, test.pseudo_loss, model, importance
+    alone = pseudo_labelled(*pseudo, share=1.0)
     main = label_free(test.bits, test.pixels, model, importance, precode) | label_aware(test, model)
     found = (
         main
@@ -148,7 +150,8 @@ def variants(
         | skipping(test, model, importance.sensitivity, precode)
         | pseudo_labelled(*pseudo)
         | {
-            **{name.replace("mfiba_pseudo", "pseudo_alone"): c for name, c in pseudo_labelled(*pseudo, 1.0).items()},
+            "pseudo_alone": alone["mfiba_pseudo"],
+            "pseudo_alone_skip": alone["mfiba_pseudo_skip"],
             "static_smooth": _static_smooth(model, len(test.bits)),
             "upstream_calibrated": upstream_with(calibration[weight_bins(importance.weights)], test, model),
             "upstream_image": upstream_image(test),
@@ -331,8 +334,7 @@ def relative(fit: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 def measured(test: Curves, model: dict) -> np.ndarray:
     """What a perfect MFIP would say, [n, 5]: how many times the mean losses of fit the image loses."""
-    mean = np.concatenate([column(model, "mean", name) for name in ("loss", "loss_skipped")], 1)
-    return np.maximum(sensitivity_to(mean, test.every_loss), 0)
+    return np.maximum(sensitivity_to(every_mean_loss(model), test.every_loss), 0)
 
 
 def drops(curves: Curves) -> np.ndarray:

@@ -120,8 +120,8 @@ def pseudo_labelled(
     scale's factor brings to the size of the true ones, and the rest of sensitivity * mean loss, as `mfiba` does: both
     have the mean of the true losses of fit, and their errors little to do with each other.
     """
-    mean = np.concatenate([column(fit, "mean", name) for name in ("loss", "loss_skipped")], 1)
-    seen, predicted = column(fit, "pseudo", "factor")[:, None] * pseudo_loss, importance.sensitivity[:, :, None] * mean
+    seen = column(fit, "pseudo", "factor")[:, None] * pseudo_loss
+    predicted = importance.sensitivity[:, :, None] * every_mean_loss(fit)
     loss, skipped = np.split(share * seen + (1 - share) * predicted, [bits.shape[2]], 2)
     return {
         "mfiba_pseudo": least_cost(loss, bits),
@@ -143,6 +143,11 @@ def label_aware(test: Curves, fit: dict) -> dict[str, Choose]:
 def column(fit: dict, model: str, name: str) -> np.ndarray:
     """One number of each scale from `fit_scales` -> [5], or [5, K]."""
     return np.array([fit[model][scale][name] for scale in SCALES], float)
+
+
+def every_mean_loss(fit: dict) -> np.ndarray:
+    """The mean of `Curves.every_loss` on fit, [5, K + 1 + K]."""
+    return np.concatenate([column(fit, "mean", name) for name in ("loss", "loss_skipped")], 1)
 
 
 def uniform(k: int, n: int) -> np.ndarray:

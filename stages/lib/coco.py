@@ -86,7 +86,7 @@ def load_split(splits_json: Path, split: str) -> Split:
     """Raises InputError that names splits.json where it is not as `prepare` wrote it, or what it tells is gone."""
     entry = read_json(splits_json, dict.fromkeys(("train", "fit", "test"), SPLIT))[split]
     for key in ("images", "instances", "person_keypoints"):
-        if entry[key] is not None and not Path(entry[key]).exists():
+        if entry[key] is not None and not os.path.exists(entry[key]):
             raise InputError(f"{splits_json}: {split}.{key} is {entry[key]!r}, which is not there; run prepare again")
     keypoints, counts = entry["person_keypoints"], (len(entry["image_ids"]), len(entry["file_names"]))
     if counts[0] != counts[1]:

@@ -71,6 +71,7 @@ def saved(stem: Path, width: float, height: float, layout: str = "constrained") 
         for suffix, metadata in FORMATS.items():
             with atomic(Path(f"{stem}.{suffix}")) as scratch:
                 figure.savefig(scratch, metadata=metadata)
+            figure.set_layout_engine("none")  # laid out once, not for each format
 
 
 def rd_figure(stem: Path, points: pd.DataFrame, resamples: pd.DataFrame, authors: pd.DataFrame | None = None) -> None:

@@ -181,7 +181,7 @@ def measure_variants(
             v, n = divmod(k, len(image_ids))
             found[v] += results(image_ids[n], detection, task, truth.person_ids)
         matches, own = (
-            match_variants(labels.coco[task], _of_labels(found, labels, task), image_ids, task, least)
+            match_variants(labels.coco[task], _of_labels(found, labels.coco[task], image_ids), image_ids, task, least)
             for labels, least in ((truth, LEAST_OVERLAP), (pseudo, LEAST_LIKENESS))
         )
         utilities, own_utilities = (np.stack([m.utility for m in of]) for of in (matches, own))
@@ -190,9 +190,9 @@ def measure_variants(
     return measured
 
 
-def _of_labels(found: list[list[dict[str, Any]]], labels: Truths, task: str) -> list[list[dict[str, Any]]]:
+def _of_labels(found: list[list[dict[str, Any]]], labels: COCO, image_ids: list[int]) -> list[list[dict[str, Any]]]:
     """Without the detections whose label no object of their image has: they change neither its AP nor its utility."""
-    known = {(a["image_id"], a["category_id"]) for a in labels.coco[task].anns.values()}
+    known = {(i, item["category_id"]) for i in image_ids for item in labels.imgToAnns[i]}
     return [[item for item in of if (item["image_id"], item["category_id"]) in known] for of in found]
 
 
