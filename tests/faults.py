@@ -46,7 +46,7 @@ from tests.test_pipeline import change, dvc, project
 
 KILLS, LOSSES, LIMITS, FLIPS = 10, 2, 4, 3  # of each stage; of each kind of file and stage that reads it
 MEMORY = 4, 16  # squared, MiB: what a starved stage gets beyond what it has once its imports are made
-SMALLER = {"fit: 16, test: 10": "fit: 8, test: 6", "batch: 2\n": "batch: 1\n"}  # as many faults in less time
+SMALLER = {"fit: 16, test: 10": "fit: 6, test: 4", "batch: 2\n": "batch: 1\n"}  # as many faults in less time
 LANES, SHARD_IMAGES = 2, 2  # faults that are made at a time; so few that there are several shards
 SHARDED = ("extract", "compress", "measure_uncoded", "measure", "evaluate", "ablate")
 SCRATCH = (".tmp-", ".unfinished-")
@@ -64,11 +64,11 @@ KINDS = {  # kind of file: its files, the stages that read it
     "rotation of hevc": ("data/codecs/small/hevc.pt", "compress@small-hevc-q1 evaluate@small-hevc"),
     "coded shard, elic": (f"{CODED}/elic/*/*.h5", "measure@small-elic evaluate@small-elic"),
     "coded shard, hevc": (f"{CODED}/hevc/*/*.h5", "measure@small-hevc evaluate@small-hevc"),
-    "ledger": (f"{CODED}/hevc/*.csv", "measure@small-hevc fit_loss_rate@keypoints-hevc evaluate@small-hevc report"),
-    "uncoded losses": ("data/losses/small/uncoded.csv", "measure@small-hevc allocate@keypoints-hevc report"),
-    "losses": ("data/losses/small/hevc/*.csv", "fit_loss_rate@keypoints-hevc train_mfip@small-hevc report"),
-    "loss-rate model": ("data/loss_rate/small/*/*.json", "allocate@detection-elic allocate@keypoints-hevc report"),
-    "importance": ("data/mfip/small/elic/*.csv", "allocate@detection-elic illustrate@small-elic report"),
+    "ledger": (f"{CODED}/hevc/*.csv", "measure@small-hevc fit_loss_rate@keypoints-hevc evaluate@small-hevc"),
+    "uncoded losses": ("data/losses/small/uncoded.csv", "measure@small-hevc allocate@keypoints-hevc"),
+    "losses": ("data/losses/small/hevc/*.csv", "fit_loss_rate@keypoints-hevc train_mfip@small-hevc"),
+    "loss-rate model": ("data/loss_rate/small/*/*.json", "allocate@detection-elic allocate@keypoints-hevc"),
+    "importance": ("data/mfip/small/elic/*.csv", "allocate@detection-elic illustrate@small-elic"),
     "errors of MFIP": ("data/mfip/small/*/*.json", "report"),
     "MFIP": ("data/mfip/small/elic/*.pt", "ablate@detection-elic"),
     "allocations": ("data/allocations/small/elic/*.csv", "evaluate@small-elic bound@detection-elic"),

@@ -146,3 +146,11 @@ def test_the_text_names_every_stage_that_grows_beyond_its_goal() -> None:
 def test_the_text_names_every_goal_of_speed_that_was_missed() -> None:
     text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
     assert f"**Missed: {'; '.join(missed()) or 'none'}.**" in text
+
+
+def test_what_a_sender_takes_is_as_measured() -> None:
+    taken = [{way: sum(s.values()) for way, s in case["sender"]["seconds"].items()} for case in benchmark("online")]
+    times = [of["mfiba_skip, price given"] / of["uniform"] for of in taken]
+    claim = f"{min(times):.2f} to {max(times):.2f} times"
+    for name in ("README.md", "docs/results.md"):
+        assert claim in " ".join((ROOT / name).read_text(encoding="utf-8").split()), claim

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stages.lib import coding
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -242,6 +244,7 @@ def test_two_runs_are_compared_by_the_commands_of_the_docs(tmp_path: Path) -> No
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path, "python")], ids=lambda path: path.name)
 def test_examples_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(coding, "CODECS", coding.CODECS.copy())
     names: dict = {}
     for block in blocks(path, "python"):
         exec(compile(block, path.name, "exec"), names)
@@ -298,6 +301,13 @@ for lambda_prime in np.geomspace(1e-4, 1, 30):
 """
 
 
+def test_the_codec_of_the_readme_is_that_which_is_tried() -> None:
+    (example,) = blocks(ROOT / "README.md", "python")
+    added = re.findall(r"(?m)^\+ *(.+)", EXTENSIONS[0].replace(" Tensor", " torch.Tensor"))
+    code = [line.partition("  #")[0].strip() for line in example.split("\n\n\n", 1)[1].splitlines()]
+    assert {line for line in code if line} <= {*added} and len(code) > 10
+
+
 @pytest.mark.parametrize("number", range(len(EXTENSIONS)))
 def test_an_extension_takes_at_most_15_lines_besides_imports(number: int) -> None:
     lines = [line[1:].strip() for line in EXTENSIONS[number].splitlines() if re.match(r"\+(?!\+\+)", line)]
@@ -322,7 +332,7 @@ def test_the_extensions_work(tmp_path: Path, coco_root: Path) -> None:
 
 
 def test_the_columns_of_tables_are_those_of_the_code() -> None:
-    from stages.lib import coding, comparing, features, measuring, results
+    from stages.lib import comparing, features, measuring, results
 
     text = " ".join((ROOT / "docs/formats.md").read_text(encoding="utf-8").split())
     for columns in (coding.LEDGER, measuring.LOSSES, results.RD_POINTS, results.RESAMPLES, comparing.BD_RATE):
