@@ -217,7 +217,7 @@ def additivity_figure(stem: Path, task: str, codec: str, parts: dict[str, pd.Dat
 def size_figure(stem: Path, study: str, sizes: pd.DataFrame) -> None:
     """sizes.csv of one study -> BD-rates and worth of the scales in images of small, medium and large objects."""
     groups, quantities = list(sizes["size"].unique()), dict(list(sizes.groupby("quantity")))
-    with saved(stem, 10.4, 3.6) as figure:
+    with saved(stem, 10.4, 3.8) as figure:
         saving, *scales = figure.subplots(1, 3)
         values, low, high = (
             quantities["bd_rate"].pivot(index="size", columns="name", values=name).loc[groups]
@@ -227,7 +227,7 @@ def size_figure(stem: Path, study: str, sizes: pd.DataFrame) -> None:
         grouped_bars(saving, values, methods, {m: (values[m] - low[m], high[m] - values[m]) for m in methods})
         saving.axhline(0, color=GREY, linewidth=0.8)
         saving.set_title(f"BD-rate against {ANCHOR}, %")
-        saving.legend(loc="lower left", fontsize=8)
+        figure.legend(*saving.get_legend_handles_labels(), loc="outside lower left", ncols=len(methods))
         shades = dict(zip(groups, SHADES, strict=False))
         titles = {"weight": "measured importance $w_s$", "sensitivity": "predicted sensitivity $k_s$"}
         for axes, (quantity, title) in zip(scales, titles.items(), strict=True):
@@ -246,13 +246,19 @@ def grouped_bars(
     colours: dict[str, str],
     errors: dict[str, tuple[pd.Series, pd.Series]] | None = None,
 ) -> None:
-    """A group of bars for each row, one for each column that has a colour; errors: those below and above its bars."""
+    """A group of bars for each row, one for each column that has a colour; errors: those below and above its bars.
+
+    Hatched: methods that may skip, as some have the colour of the same without.
+    """
     width = 0.8 / len(colours)
     place = np.arange(len(table)) - 0.4 + width / 2
     for number, (name, colour) in enumerate(colours.items()):
         error = None if errors is None else errors[name]
         line = {"elinewidth": 0.8, "ecolor": GREY}
-        axes.bar(place + number * width, table[name], width, yerr=error, color=colour, label=name, error_kw=line)
+        bars = axes.bar(place + number * width, table[name], width, yerr=error, color=colour, label=name, error_kw=line)
+        if name.endswith("_skip"):
+            for bar in bars:
+                bar.set(hatch="///", edgecolor="white", linewidth=0)
     axes.set_xticks(np.arange(len(table)), table.index)
     axes.grid(axis="x", visible=False)
 
