@@ -10,7 +10,7 @@ After one undisturbed run, every fault is made in a copy of its folder, and ever
     full        less space than a stage writes: one line, no half output
     flipped     one bit of a stored file, for stages that read it: one line that names it or its folder, or DVC sees it
 
-Stages run on the CPU, as forks of a process that has made their imports. Texts and pictures: DVC alone has a checksum.
+Stages run on the CPU, forks of a process that has made their imports. Texts and pictures: DVC alone has a checksum.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tests.test_pipeline import change, dvc, project
 KILLS, LOSSES, LIMITS, FLIPS = 10, 2, 4, 3  # of each stage; of each kind of file and stage that reads it
 MEMORY = 4, 16  # squared, MiB: what a starved stage gets beyond what it has once its imports are made
 SMALLER = {"fit: 16, test: 10": "fit: 6, test: 4", "batch: 2\n": "batch: 1\n"}  # as many faults in less time
-LANES, SHARD_IMAGES = 2, 2  # faults that are made at a time; so few that there are several shards
+LANES, SHARD_IMAGES, PATIENCE = 2, 2, 300  # faults at a time; so few that there are several shards; seconds
 SHARDED = ("extract", "compress", "measure_uncoded", "measure", "evaluate", "ablate")
 SCRATCH = (".tmp-", ".unfinished-")
 CODED, STUDY = "data/coded/small", "data/evaluations/studies/detection-elic"
@@ -135,7 +135,12 @@ def start(stage: Stage, folder: Path, workers: int, memory: int | None = None) -
 
 
 def end(process: int, folder: Path) -> tuple[int, str]:
-    """Exit status (below 0: a signal) and last words of a stage."""
+    """Exit status (below 0: a signal) and last words of a stage, which is killed if it hangs."""
+    deadline = time.monotonic() + PATIENCE
+    while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.01)
+        if time.monotonic() > deadline:
+            os.killpg(process, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     return status, folder.with_suffix(".log").read_text(errors="replace").strip()
 
@@ -316,11 +321,8 @@ def seen_by_dvc(kind: str) -> Found:
     named = {Path(path) for change in changes for found in change.values() for path in found}
     file.write_bytes(data)
     own = [str(path) for path in named if file.relative_to(whole).is_relative_to(path)]
-    violations = [] if own else [f"dvc status does not name {file.relative_to(whole)}: {status}"]
-    return Found("dvc", {"kind": kind, "dvc status names": " ".join(own)}, violations)
-
-
-# ---------------------------------------------------------------- all of them
+    row = {"kind": kind, "dvc status names": " ".join(own)}
+    return Found("dvc", row, [] if own else [f"dvc status does not name {file.relative_to(whole)}: {status}"])
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,17 +254,50 @@ def test_a_killed_worker_is_told_with_a_remedy(monkeypatch):
         map_in_memory(lambda _: os.kill(os.getpid(), signal.SIGKILL), [0, 1], "work")
 
 
-def test_a_worker_that_is_killed_before_the_last_has_begun_is_told_with_a_remedy(monkeypatch):
-    def broken(*_):
-        raise BrokenProcessPool
-
+def test_a_worker_that_is_killed_before_it_has_work_is_told_with_a_remedy(monkeypatch):
     monkeypatch.setenv("WORKERS", "2")
-    monkeypatch.setattr(shards.ProcessPoolExecutor, "submit", broken)
+    monkeypatch.setattr(shards, "_serve", lambda *_: os._exit(9))
     with pytest.raises(InputError, match="work: a worker was killed.*0 of 2 parts .*WORKERS=1"):
         map_in_memory(lambda item: item, [0, 1], "work")
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+@pytest.mark.parametrize("end", ["killed", "failed"])
+def test_what_other_workers_have_begun_is_finished(tmp_path, monkeypatch, end):
+    def work(item: int) -> None:
+        if item == 0:
+            while not (tmp_path / "begun").exists():
+                time.sleep(0.01)
+            if end == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise InputError("bad")
+        (tmp_path / "begun").touch()
+        time.sleep(0.5)
+        (tmp_path / f"{item}").write_bytes(b"")
+
+    monkeypatch.setenv("WORKERS", "2")
+    with pytest.raises(InputError):
+        map_in_memory(work, [0, 1, 2], "work")
+    assert (tmp_path / "1").exists() and not (tmp_path / "2").exists() and not multiprocessing.active_children()
+
+
+def test_where_in_a_worker_an_error_was_is_told(monkeypatch):
+    def faulty(_: int) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setenv("WORKERS", "1")
+    with pytest.raises(ZeroDivisionError) as found:
+        map_in_memory(faulty, [0], "work")
+    assert "in faulty" in found.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        RuntimeError("can't start new thread"),
+    ],
+)
 @pytest.mark.parametrize("count", ["0", "1"])
 def test_out_of_memory_is_told_with_a_remedy(monkeypatch, error, count):
     monkeypatch.setenv("WORKERS", count)

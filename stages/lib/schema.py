@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1  # of the whole numbers that count or measure something
 NO_MEMORY = (
-    *("can't allocate memory", "std::bad_alloc", "could not create a primitive"),
+    *("can't allocate memory", "std::bad_alloc", "could not create a primitive", "can't start new thread"),
     *("CUDA out of memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "unable to find an engine"),
 )
 SHORT = Repr()  # of a value in a message; a file can hold one that is too long to print, or endless

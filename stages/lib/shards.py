@@ -22,14 +22,14 @@ import platform
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 import torch
@@ -218,67 +218,90 @@ def _here(load: Load[Item, Result], items: Iterable[Item]) -> Iterator[tuple[Ite
         torch.set_num_threads(threads)
 
 
+class _Failed(NamedTuple):
+    """What a worker sends in place of a result."""
+
+    error: Exception
+
+
 def _in_processes(
     load: Load[Item, Result], items: Sequence[Item], count: int, name: str
 ) -> Iterator[tuple[Item, Result]]:
+    """A pipe for each worker: a ProcessPoolExecutor's locks and threads may wait forever once one of them is lost."""
     # A fork needs no second import of torch; but CUDA does not survive one.
-    context = multiprocessing.get_context("fork" if DEVICE.type == "cpu" else "spawn")
-    numbers = context.Value("i", 0)
-    with ProcessPoolExecutor(count, context, _start, (load, os.getpid(), numbers)) as pool:
-        done = 0
-        try:
-            futures = _submitted(pool, items, count, name)
-            for future in as_completed(futures):
-                yield futures.pop(future), future.result()
-                done += 1
-        except BrokenProcessPool:
-            raise InputError(
-                f"{name}: a worker was killed, as a machine does that is out of memory; {done} of {len(items)} parts "
-                f"were done and are kept where the stage has shards: run it again, with WORKERS={count // 2}"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _submitted(pool: ProcessPoolExecutor, items: Sequence[Item], count: int, name: str) -> dict[Future[Any], Item]:
-    """BrokenProcessPool if a worker that has begun is killed before the last one has."""
+    context: Any = multiprocessing.get_context("fork" if DEVICE.type == "cpu" else "spawn")
+    remedy = f"run it again, with WORKERS={count // 2}"
+    todo, done = list(reversed(items)), 0
+    processes, idle = [], []
+    busy: dict[Connection, Item] = {}
     try:
-        return {pool.submit(_run, item): item for item in items}
-    except OSError as error:
-        for process in multiprocessing.active_children():  # the pool would wait for those that it could begin
-            process.kill()
-            process.join()
-        remedy = f"run it again, with WORKERS={count // 2}"
-        raise InputError(f"{name}: no {count} processes can be begun here ({error.strerror}); {remedy}") from None
+        try:
+            for number in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, load, os.getpid(), number))
+                process.start()
+                theirs.close()  # the pipe ends with the worker
+                processes.append(process)
+                idle.append(ours)
+        except OSError as error:
+            raise InputError(f"{name}: no {count} processes can be begun here ({error.strerror}); {remedy}") from None
+        while todo or busy:
+            try:
+                while todo and idle:
+                    idle[-1].send(todo[-1])
+                    busy[idle.pop()] = todo.pop()
+                finished: list[Any] = wait(list(busy))
+                ready = [(busy.pop(pipe), pipe, pipe.recv()) for pipe in finished]
+            except (EOFError, OSError):
+                raise InputError(
+                    f"{name}: a worker was killed, as a machine does that is out of memory; {done} of {len(items)} "
+                    f"parts were done and are kept where the stage has shards: {remedy}"
+                ) from None
+            idle += [pipe for _, pipe, _ in ready]
+            for item, _, found in ready:
+                if isinstance(found, _Failed):
+                    raise found.error
+                yield item, found
+                done += 1
+    finally:
+        try:
+            for pipe in busy:  # after an error: what others have begun is finished
+                with suppress(EOFError, OSError):
+                    pipe.recv()
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
-_load: Load
-_function: Callable | None = None  # of this worker
+def _serve(pipe: Connection, load: Load, parent: int, number: int) -> None:
+    """A worker: items received -> what `function` makes of them, or its error."""
+    function = None
+    with suppress(EOFError, BrokenPipeError):  # the stage was killed
+        while True:
+            item = pipe.recv()
+            try:
+                function = function or _begun(load, parent, number)
+                pipe.send(function(item))
+            except Exception as error:
+                if not (isinstance(error, InputError) or is_out_of_memory(error)):
+                    error.add_note(traceback.format_exc())  # where in the worker
+                pipe.send(_Failed(error))
 
 
-def _start(load: Load, parent: int, numbers: Any) -> None:
-    global _load, _function
-    _load, _function = load, None
+def _begun(load: Load[Item, Result], parent: int, number: int) -> Callable[[Item], Result]:
     torch.set_num_threads(1)
     if DEVICE.type == "cuda":
-        with numbers.get_lock():
-            torch.cuda.set_device(numbers.value % torch.cuda.device_count())
-            numbers.value += 1
+        torch.cuda.set_device(number % torch.cuda.device_count())
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    return load()
 
 
 def _end_with(parent: int) -> None:
-    """A killed stage must not leave workers behind that wait for work."""
+    """A killed stage must not leave workers behind that are at work."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-def _run(item: Any) -> Any:
-    global _function
-    if _function is None:
-        _function = _load()
-    return _function(item)
 
 
 def _on_ray(load: Load[Item, Result], items: Sequence[Item], name: str) -> Iterator[tuple[Item, Result]]:
@@ -317,6 +340,7 @@ def _on_ray(load: Load[Item, Result], items: Sequence[Item], name: str) -> Itera
 
 _jobs = itertools.count()
 _job: tuple[int, int] | None = None  # that this worker of Ray has loaded
+_function: Callable | None = None
 
 
 def _run_on_ray(job: tuple[int, int], machine: list[str], load: Load, folder: str, item: Any) -> Any:
