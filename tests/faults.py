@@ -198,8 +198,7 @@ class Trial:
         """As in the undisturbed run."""
         clear(lane, [*names, *(str(folder.relative_to(lane)) for folder in lane.rglob(".unfinished-*"))])
         for name in names:
-            copy = shutil.copytree if (whole / name).is_dir() else shutil.copy2
-            copy(whole / name, lane / name)
+            (shutil.copytree if (whole / name).is_dir() else shutil.copy2)(whole / name, lane / name)
 
 
 # ---------------------------------------------------------------- faults
