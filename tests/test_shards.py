@@ -69,6 +69,15 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
     assert found[0] == found[1] == found[2] and len(found[0]) == len(SHARDS)
 
 
+def test_workers_that_are_no_forks_as_with_gpus_change_no_byte(tmp_path, monkeypatch):
+    context = multiprocessing.get_context
+    for count in ("0", "1"):
+        monkeypatch.setenv("WORKERS", count)
+        monkeypatch.setattr(multiprocessing, "get_context", lambda _: context("spawn"))
+        run(tmp_path / count)
+    assert contents(tmp_path / "0") == contents(tmp_path / "1")
+
+
 def test_workers_are_other_processes_with_one_thread(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKERS", "2")
     before = torch.get_num_threads()
