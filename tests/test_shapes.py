@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from stages.lib import shapes
+from stages.lib.schema import InputError
 
 SIZE = 96
 
@@ -40,6 +43,12 @@ def test_same_seed_gives_same_bytes_on_any_number_of_workers(root, tmp_path, mon
     monkeypatch.setattr(shapes.os, "cpu_count", lambda: 1)
     shapes.generate(tmp_path, n_train=120, n_val=8, size=SIZE, seed=3)
     assert digests(tmp_path) == digests(root)
+
+
+def test_a_killed_worker_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "draw_scene", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="shapes: a worker was killed"):
+        shapes.generate(tmp_path, n_train=2, n_val=2, size=SIZE, seed=3)
 
 
 def test_images_do_not_depend_on_their_count(root, tmp_path):

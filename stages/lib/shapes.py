@@ -8,6 +8,7 @@ Lengths are given for a 128 px image ("px128") and grow with the image size. Pix
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -380,6 +381,11 @@ def generate(root: Path, n_train: int, n_val: int, size: int, seed: int) -> None
             (root / SPLITS[split]).mkdir(exist_ok=True)
             make = partial(make_image, root=root, split=split, size=size, seed=seed)
             results = pool.map(make, range(count), chunksize=32)
-            done = list(progress(results, SPLITS[split], count))
+            try:
+                done = list(progress(results, SPLITS[split], count))
+            except BrokenProcessPool:
+                raise InputError(
+                    "shapes: a worker was killed, as where memory is out; free some and run it again"
+                ) from None
             entries = [entry for _, image_entries in done for entry in image_entries]
             write_annotations(root, split, [image for image, _ in done], entries)
