@@ -289,6 +289,18 @@ def test_what_other_workers_have_begun_is_finished(tmp_path, monkeypatch, end):
     assert (tmp_path / "1").exists() and not (tmp_path / "2").exists() and not multiprocessing.active_children()
 
 
+def test_no_worker_outlives_an_error_here(tmp_path, monkeypatch):
+    def refuse(*_) -> None:
+        raise InputError("the disk")
+
+    monkeypatch.setenv("WORKERS", "2")
+    monkeypatch.setattr(shards, "disk_check", refuse)
+    with pytest.raises(InputError, match="the disk") as error:
+        run(tmp_path / "w", pause=0.1)
+    assert error.value.__traceback__ and not multiprocessing.active_children()  # its frames are alive
+    assert 2 <= len(contents(tmp_path / "w")) < len(SHARDS)
+
+
 def test_where_in_a_worker_an_error_was_is_told(monkeypatch):
     def faulty(_: int) -> None:
         raise ZeroDivisionError("a bug")

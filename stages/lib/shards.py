@@ -23,8 +23,8 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
@@ -61,11 +61,11 @@ def map_shards(
     paths = {shard.name: folder / f"{shard.name}{suffix}" for shard in shards}
     missing = [shard for shard in shards if not paths[shard.name].exists()]
     todo, checked = sum(len(shard.image_ids) for shard in missing), False
-    finished = execute(partial(_writer, load, paths), missing, name)
-    for shard, size in progress(finished, name, todo, lambda done: len(done[0].image_ids)):
-        if not checked:
-            disk_check(folder, size / len(shard.image_ids) * (todo - len(shard.image_ids)))
-            checked = True
+    with closing(execute(partial(_writer, load, paths), missing, name)) as finished:  # its workers end with the block
+        for shard, size in progress(finished, name, todo, lambda done: len(done[0].image_ids)):
+            if not checked:
+                disk_check(folder, size / len(shard.image_ids) * (todo - len(shard.image_ids)))
+                checked = True
     return list(paths.values())
 
 
@@ -162,7 +162,7 @@ def _writer(load: Callable[[], Callable[[Shard, Path], None]], paths: dict[str, 
 
 def execute(
     load: Load[Item, Result], items: Sequence[Item], name: str, anywhere: bool = True
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Every item with its result, as they are finished. What `function` raises is raised here; no item is begun then.
 
     name: of the work, for the message of InputError when a worker is killed. anywhere: `load` is picklable.
