@@ -57,7 +57,7 @@ IN_SPLITS = [  # what is broken, what the line says
     (value(SPLITS, "train.image_ids", [1, 2, 99]), "has no id 99, which splits.json lists"),
     (value(SPLITS, "train.person_keypoints", None), "splits.json has no person_keypoints"),
     (value(SPLITS, "train.images", "a"), "splits.json: train.images is 'a', which is not there; run prepare again"),
-    (value(SPLITS, "train.images", 300 * "a"), "run prepare again"),  # too long to be a path
+    (value(SPLITS, "train.images", 300 * "a"), "splits.json: train.images is 'aaa ... aaa', which is not there; run"),
     (value(SPLITS, "train.instances", "a.json"), "splits.json: train.instances is 'a.json', which is not there"),
     (
         also(value(PERSONS_JSON, "categories", []), value(PERSONS_JSON, "annotations", [])),
